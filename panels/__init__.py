@@ -1,0 +1,29 @@
+"""The studio in the browser: PANELS in tab order, and the page that holds them."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by gradio at import: no outside host is ever asked
+
+import gradio as gr
+
+from panels import trace
+from studio.session import Session
+
+PANELS = (trace,)
+
+
+def build(session: Session) -> gr.Blocks:
+    """The whole page."""
+    with gr.Blocks(title="Locus", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
+        gr.HTML(
+            "<header class='brand'><b>Locus</b> <span>where a model keeps what it knows</span></header>",
+            padding=False,
+        )
+        with gr.Tabs(elem_id="panels"):
+            for panel in PANELS:
+                with gr.Tab(panel.TITLE, id=panel.TITLE.lower(), elem_id=f"tab-{panel.TITLE.lower()}"):
+                    panel.build(session)
+    page.queue(api_open=False, default_concurrency_limit=None, max_size=256)
+    return page

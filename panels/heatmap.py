@@ -1,0 +1,91 @@
+"""The clickable heat map: SVG (canvas above 10,000 cells) drawn by page script from data, never from text
+in a template.
+
+A click, Enter or Space sends {row, col}. Arrow keys, Home and End move; an aria-live line says what is
+under the cursor.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from studio.errors import RequestError
+from studio.figures import EMPTY, NEGATIVE, NEUTRAL, POSITIVE, number, scale_limit
+from studio.models.catalog import ASSETS
+from studio.types import Figure
+
+_TEMPLATE = (
+    "<div class='map' tabindex='0' role='grid' aria-label='heat map'></div>"
+    "<div class='said' aria-live='polite'></div>"
+)
+
+_CSS = (ASSETS / "css" / "heatmap.css").read_text()
+
+_JS = (ASSETS / "js" / "heatmap.js").read_text()
+
+
+class HeatMap(gr.HTML):
+    """A heat map whose value is made by `as_value`; its `select` event carries row and col (see `chosen`)."""
+
+    def __init__(self, hint: str, **options: Any) -> None:
+        super().__init__(
+            value={"hint": hint},
+            html_template=_TEMPLATE,
+            css_template=_CSS,
+            js_on_load=_JS,
+            apply_default_css=False,
+            **options,
+        )
+
+    def api_info(self) -> dict[str, Any]:
+        """The value is an object."""
+        return {"type": "object"}
+
+
+def as_value(figure: Figure, chosen: tuple[int, int] | None = None) -> dict[str, Any]:
+    """The value of a HeatMap for a figure of kind heat; NaN travels as None."""
+    data = figure.data
+    values = np.asarray(data["values"], float)
+    z = [[round(float(v), 6) if math.isfinite(v) else None for v in row] for row in values]
+    palette = {"negative": NEGATIVE, "neutral": NEUTRAL, "positive": POSITIVE, "empty": EMPTY}
+    value = {
+        "rows": list(data["rows"]),
+        "cols": list(data["cols"]),
+        "z": z,
+        "names": data["names"],
+        "unit": data["unit"],
+        "limit": scale_limit(values),
+        "palette": palette,
+        "chosen": list(chosen) if chosen else None,
+    }
+    return json.loads(json.dumps(value))
+
+
+def chosen(event: gr.EventData, rows: int, cols: int) -> tuple[int, int]:
+    """The clicked (row, col), never trusted: RequestError when it is no cell."""
+    try:
+        row, col = int(event.row), int(event.col)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise RequestError("That is no cell of the map.") from error
+    if not (0 <= row < rows and 0 <= col < cols):
+        raise RequestError("That is no cell of the map.")
+    return row, col
+
+
+def as_table(figure: Figure) -> list[list[str]]:
+    """The same numbers as rows of [name, value] for the table view, in reading order, cells without a
+    module left out."""
+    data = figure.data
+    return [
+        [name or f"{row}, {col}", number(float(v))]
+        for row, names, values in zip(
+            data["rows"], data["names"], np.asarray(data["values"], float), strict=True
+        )
+        for col, name, v in zip(data["cols"], names, values, strict=True)
+        if name
+    ]

@@ -1,0 +1,199 @@
+"""What panels share: inputs from a method's declaration, a running job as status text, exports, and errors
+as sentences."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from studio.errors import RequestError, StudioError
+from studio.jobs import Job
+from studio.models.catalog import CATALOG
+from studio.registry import REQUIRED, Method, base_type, hints
+from studio.store import export
+
+GRACE = 10.0  # seconds that a job outlives its page, so that a reload can take it up again
+
+
+def knobs(methods: list[Method]) -> dict[str, tuple[Any, Any]]:
+    """{name: (dataclass field, type)} of the inputs and params of several methods, each name once."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for m in methods:
+        for cls in (m.inputs, m.params):
+            for f in fields(cls):
+                found.setdefault(f.name, (f, base_type(hints(cls)[f.name])[0]))
+    return found
+
+
+def widget(
+    panel: str, name: str, f: Any, kind: Any, value: Any = None, **options: Any
+) -> gr.components.Component:
+    """The input of one knob; its elem_id is panel-name."""
+    meta = f.metadata
+    default = None if f.default is REQUIRED else f.default
+    value = default if value is None else value
+    label = name.replace("_", " ").capitalize() + (f" ({meta['unit']})" if meta["unit"] else "")
+    common = {
+        "label": label,
+        "elem_id": f"{panel}-{name}",
+        "info": meta["help"][0].upper() + meta["help"][1:] + ".",
+        **options,
+    }
+    if kind is bool:
+        return gr.Checkbox(value=bool(value), **common)
+    if kind in (int, float):
+        return gr.Number(
+            value=value,
+            minimum=meta["low"],
+            maximum=meta["high"],
+            precision=0 if kind is int else None,
+            **common,
+        )
+    if kind is str and meta["choices"]:
+        choices = [(c, c) for c in meta["choices"]]
+        return gr.Dropdown(
+            choices=choices if default else [("the model's own", ""), *choices], value=value or "", **common
+        )
+    if kind is str:
+        return gr.Textbox(value=value or "", max_length=20_000, **common)
+    if meta["choices"]:
+        return gr.CheckboxGroup(choices=list(meta["choices"]), value=list(value or ()), **common)
+    return gr.Textbox(value=", ".join(value or ()), **common)
+
+
+def model_choice(panel: str, family: str, default: str) -> gr.Dropdown:
+    """Which model: a name of the catalogue, or a path or hub id typed in."""
+    names = [(f"{e.name} — {e.note}", e.name) for e in CATALOG.values() if e.family == family]
+    return gr.Dropdown(
+        choices=names,
+        value=default,
+        allow_custom_value=True,
+        label="Model",
+        elem_id=f"{panel}-model",
+        info="A name, or type a folder or a hub id (org/name) with safetensors.",
+    )
+
+
+def asked(methods: list[Method], chosen: Method, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of the chosen method's knobs, from the panel's inputs by name; empty fields are defaults."""
+    names = knobs([chosen])
+    return {n: (v if v not in ("", []) else None) for n, v in values.items() if n in names}
+
+
+def status(job: Job, position: int) -> str:
+    """One line about a job."""
+    if job.state == "queued":
+        return (
+            f"Waiting: {position} job{'s' if position != 1 else ''} before yours."
+            if position
+            else "Starting …"
+        )
+    if job.stopping and not job.over:
+        return "Stopping …"
+    if job.state == "running":
+        left = job.seconds_left()
+        share = f" {100 * job.done // job.total} %" if job.total else ""
+        rest = f", about {left:.0f} s left" if left is not None and left > 1 else ""
+        return f"{job.what.capitalize() or 'Working'}{share}{rest}"
+    if job.state == "failed":
+        return sentence(job.error)
+    took = f" in {job.run.seconds:.1f} s" if job.run else ""
+    return f"{'Done' if job.state == 'done' else 'Stopped; what was measured is kept'}{took}." + "".join(
+        f" Note: {w}" for w in (job.run.result.values.get("warnings", []) if job.run else job.warnings)
+    )
+
+
+def sentence(error: BaseException | None) -> str:
+    """What a person is told of an error."""
+    if isinstance(error, StudioError):
+        return str(error)
+    return (
+        f"Something went wrong inside ({type(error).__name__}); the studio's log has the details. Your "
+        f"inputs are kept."
+    )
+
+
+def follow(job: Job) -> Iterator[Job]:
+    """Yields the job at its start, after every change (at most five times a second), and when it is over."""
+    yield job
+    seen = job.version
+    while not job.over:
+        seen = job.wait(seen, 0.5)
+        yield job
+        threading.Event().wait(0.12)
+    yield job
+
+
+class Viewers:
+    """Counts the pages that watch a job; a job whose last page went is stopped after a grace, so a reload
+    loses nothing."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._watching: dict[str, Job] = {}
+
+    def watch(self, page: str, job: Job) -> None:
+        """The page (a session hash) now watches the job."""
+        with self._lock:
+            self._watching[page] = job
+
+    def leave(self, page: str) -> None:
+        """The page is gone."""
+        with self._lock:
+            job = self._watching.pop(page, None)
+        if job is not None and not job.over:
+            timer = threading.Timer(GRACE, self._stop_unwatched, [job])
+            timer.daemon = True
+            timer.start()
+
+    def _stop_unwatched(self, job: Job) -> None:
+        with self._lock:
+            watched = any(j is job for j in self._watching.values())
+        if not watched:
+            job.cancel()
+
+
+def export_buttons(panel: str) -> dict[str, gr.DownloadButton]:
+    """Download buttons for every format, hidden until there is something to export."""
+    with gr.Row(elem_id=f"{panel}-export", visible=False) as row:
+        buttons = {
+            kind: gr.DownloadButton(kind.upper(), size="sm", min_width=64, elem_id=f"{panel}-export-{kind}")
+            for kind in ("svg", "png", "pdf", "csv", "zip")
+        }
+    return {"row": row, **buttons}
+
+
+def exported(folder: Path, buttons: Mapping[str, Any]) -> dict[Any, Any]:
+    """Updates of the export buttons for a run folder."""
+    files = export(folder, Path(tempfile.mkdtemp(prefix="locus-export-")))
+    return {
+        buttons["row"]: gr.Row(visible=True),
+        **{buttons[k]: gr.DownloadButton(value=str(f)) for k, f in files.items()},
+    }
+
+
+def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler with request errors shown as a notice instead of an error page."""
+    from functools import wraps
+
+    @wraps(handler)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return handler(*args, **kwargs)
+        except RequestError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+
+    return run
+
+
+def page(name: str) -> str:
+    """The help page assets/docs/NAME.md."""
+    from studio.models.catalog import ASSETS
+
+    return (ASSETS / "docs" / f"{name}.md").read_text()

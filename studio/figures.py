@@ -1,0 +1,159 @@
+"""Figures as data, drawn by Matplotlib to SVG, PNG and PDF, and as CSV; one palette for screen and paper.
+
+The diverging scale is blue to white to red around the value of no effect, which colour-blind people can
+tell apart.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from studio.types import Figure, Trace
+
+NEGATIVE, NEUTRAL, POSITIVE = "#2166ac", "#f7f7f7", "#b2182b"
+EMPTY = "#e4e4e7"
+FORMATS = ("svg", "png", "pdf")
+
+
+def scale_limit(values: np.ndarray) -> float:
+    """Largest absolute finite value, or 1 when there is none: colours run from minus to plus this."""
+    finite = np.abs(values[np.isfinite(values)])
+    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+
+def number(value: float) -> str:
+    """A number with three significant digits; an en dash for NaN."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:.3g}"
+
+
+def save(figure: Figure, folder: Path, recipe: Mapping[str, Any] | None = None, dpi: int = 150) -> None:
+    """Writes figure.svg, figure.png and figure.pdf to `folder`; the recipe goes into their metadata."""
+    for kind in FORMATS:
+        (folder / f"figure.{kind}").write_bytes(to_bytes(figure, kind, recipe, dpi))
+
+
+def to_bytes(figure: Figure, kind: str, recipe: Mapping[str, Any] | None = None, dpi: int = 150) -> bytes:
+    """The figure as svg, png or pdf (fonts embedded)."""
+    import matplotlib
+
+    matplotlib.use("agg", force=False)
+    note = json.dumps(recipe, sort_keys=True) if recipe else ""
+    metadata = {
+        "png": {"Description": note},
+        "svg": {"Description": note, "Date": None},
+        "pdf": {"Subject": note, "CreationDate": None},
+    }[kind]
+    with matplotlib.rc_context(
+        {"pdf.fonttype": 42, "svg.hashsalt": "locus", "font.size": 9, "text.parse_math": False}
+    ):
+        drawn = _DRAWERS[figure.kind](figure)
+        out = io.BytesIO()
+        drawn.savefig(out, format=kind, dpi=dpi, metadata=metadata)
+    return out.getvalue()
+
+
+def _canvas(width: float, height: float, figure: Figure) -> Any:
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=(min(width, 40), min(height, 60)), layout="constrained")
+    if figure.title:
+        canvas.suptitle(figure.title, fontsize=10, wrap=True)
+    return canvas
+
+
+def _palette() -> Any:
+    from matplotlib.colors import LinearSegmentedColormap
+
+    palette = LinearSegmentedColormap.from_list("locus", [NEGATIVE, NEUTRAL, POSITIVE])
+    palette.set_bad(EMPTY)
+    return palette
+
+
+def _heat(figure: Figure) -> Any:
+    """data: rows, cols (labels), values (rows, cols), unit, and optionally row_title, col_title, printed
+    (bool)."""
+    data = figure.data
+    values = np.asarray(data["values"], float)
+    tall, wide = values.shape
+    canvas = _canvas(2.8 + 0.42 * wide, 1.9 + 0.34 * tall, figure)
+    axes = canvas.subplots()
+    limit = scale_limit(values)
+    image = axes.imshow(np.ma.masked_invalid(values), cmap=_palette(), vmin=-limit, vmax=limit, aspect="auto")
+    axes.set_xticks(range(wide), data["cols"], rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(tall), data["rows"], fontsize=8)
+    axes.set_xlabel(data.get("col_title", ""))
+    axes.set_ylabel(data.get("row_title", ""))
+    if wide * tall <= 400:
+        for r, c in itertools.product(range(tall), range(wide)):
+            if math.isfinite(values[r, c]):
+                ink = "white" if abs(values[r, c]) > 0.62 * limit else "black"
+                axes.text(
+                    c,
+                    r,
+                    f"{values[r, c]:.2f}".replace("-0.00", "0.00"),
+                    ha="center",
+                    va="center",
+                    fontsize=5.5,
+                    color=ink,
+                )
+    canvas.colorbar(image, ax=axes, label=data.get("unit", ""), fraction=0.04)
+    return canvas
+
+
+def _strip(figure: Figure) -> Any:
+    """data: images (rows of lists of (H, W, 3) uint8), rows, cols (labels)."""
+    rows = figure.data["images"]
+    wide = max(len(r) for r in rows)
+    canvas = _canvas(0.6 + 1.5 * wide, 0.5 + 1.6 * len(rows), figure)
+    grid = canvas.subplots(len(rows), wide, squeeze=False)
+    for r, c in itertools.product(range(len(rows)), range(wide)):
+        axes = grid[r][c]
+        axes.set_xticks([])
+        axes.set_yticks([])
+        if c < len(rows[r]):
+            axes.imshow(rows[r][c], interpolation="nearest")
+        else:
+            axes.axis("off")
+        if r == 0:
+            axes.set_title(_short(figure.data["cols"][c]), fontsize=7)
+        if c == 0:
+            axes.set_ylabel(
+                _short(figure.data["rows"][r]), fontsize=7, rotation=0, ha="right", va="center", wrap=True
+            )
+    return canvas
+
+
+def _short(text: str, most: int = 38) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+_DRAWERS: dict[str, Callable[[Figure], Any]] = {"heat": _heat, "strip": _strip}
+
+
+def to_csv(arrays: Mapping[str, Trace]) -> str:
+    """All arrays as one table: array, the labels of its axes as name=label, value, unit. Image arrays are
+    left out."""
+    out = io.StringIO()
+    writer = csv.writer(out)
+    writer.writerow(["array", "place", "value", "unit"])
+    for name, trace in arrays.items():
+        if trace.values.dtype == np.uint8:
+            continue
+        for index in np.ndindex(trace.values.shape):
+            place = "; ".join(f"{a.name}={a.labels[i]}" for a, i in zip(trace.axes, index, strict=True))
+            writer.writerow([name, _harmless(place), f"{float(trace.values[index]):.9g}", trace.unit])
+    return out.getvalue()
+
+
+def _harmless(text: str) -> str:
+    """A text that a spreadsheet won't take for a formula."""
+    return "'" + text if text[:1] in "=+-@" else text

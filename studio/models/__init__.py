@@ -1,0 +1,2 @@
+"""Models behind one interface: where they are, how their parts are addressed, how interventions reach
+them."""

@@ -1,0 +1,133 @@
+"""watch(): records and patches outputs of named sites while a `with` block lasts. The only file that
+touches a hook.
+
+The loop that calls the model owns the step number: it writes `tape.step`, a hook never counts for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from studio.types import Patch, Site
+
+
+class Tape:
+    """What a `watch` recorded: tape[site] is the output at the latest call. `step` is the present denoising
+    step."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.row_offset = 0
+        self.touched: set[Site] = set()
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def __getitem__(self, site: Site | str) -> torch.Tensor:
+        return self._kept[str(site)]
+
+    def __contains__(self, site: Site | str) -> bool:
+        return str(site) in self._kept
+
+    def keep(self, site: Site, value: torch.Tensor) -> None:
+        """Stores a recorded output."""
+        self._kept[str(site)] = value
+
+
+@contextmanager
+def watch(
+    modules: Mapping[Site, nn.Module], *, record: Iterable[Site] = (), patches: Iterable[Patch] = ()
+) -> Iterator[Tape]:
+    """Hooks the modules of `record` and of `patches` for the length of the block, whatever happens inside.
+
+    `modules` resolves sites (see models/sites.py). Rows of patches are counted from `tape.row_offset`,
+    which lets a loop
+    leave the unconditional half of a guided batch alone. KeyError when a site is not in `modules`.
+    """
+    wanted = list(record)
+    by_site: dict[Site, list[Patch]] = {}
+    for patch in patches:
+        by_site.setdefault(patch.site, []).append(patch)
+    sites = list(dict.fromkeys([*by_site, *wanted]))
+    if missing := [s for s in sites if s not in modules]:
+        raise KeyError(f"no module for {', '.join(map(str, missing))}")
+    tape, handles = Tape(), []
+    try:
+        for site in sites:
+            hook = _hook(tape, site, by_site.get(site, []), site in wanted)
+            handles.append(modules[site].register_forward_hook(hook))
+        yield tape
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(tape: Tape, site: Site, patches: list[Patch], keep: bool) -> Callable:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        tape.touched.add(site)
+        tensor = output[0] if isinstance(output, tuple) else output
+        active = [p for p in patches if p.when is None or p.when[0] <= tape.step <= p.when[1]]
+        changed = _apply(tensor, active, tape.row_offset) if active else tensor
+        if keep:
+            tape.keep(site, changed.detach())
+        if not active:
+            return None
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return hook
+
+
+def _apply(tensor: torch.Tensor, patches: list[Patch], offset: int) -> torch.Tensor:
+    """The patched output; values to copy are read from the output as it was before any patch."""
+    out = tensor.clone()
+    for patch in patches:
+        rows = [r + offset for r in patch.rows] if patch.rows is not None else range(offset, len(tensor))
+        rows = torch.as_tensor(list(rows), device=tensor.device)
+        place: tuple = (
+            (rows,)
+            if patch.at is None
+            else (rows[:, None], torch.as_tensor(patch.at, device=tensor.device)[None])
+        )
+        out[place] = _new_value(patch, tensor, out[place], offset)
+    return out
+
+
+def _new_value(patch: Patch, before: torch.Tensor, now: torch.Tensor, offset: int) -> torch.Tensor:
+    if patch.do == "zero":
+        return torch.zeros_like(now)
+    if patch.do == "copy" and isinstance(patch.value, int):
+        source = before[patch.value + offset]
+        source = source if patch.at is None else source[torch.as_tensor(patch.at, device=before.device)]
+        return source[None].expand_as(now)
+    value = torch.as_tensor(patch.value, dtype=now.dtype, device=now.device)
+    if patch.do == "copy":
+        return value.expand_as(now)
+    if patch.do == "add":
+        return now + value
+    if patch.do == "scale":
+        return now * value
+    raise ValueError(f"unknown patch {patch.do!r}: zero, add, scale or copy")
+
+
+def execution_order(modules: Mapping[str, nn.Module], call: Callable[[], Any]) -> list[str]:
+    """Names of `modules` in the order in which `call()` first runs them; modules that do not run are left
+    out."""
+    order: list[str] = []
+    handles = []
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_pre_hook(lambda m, a, name=name: order.append(name)))
+        call()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return list(dict.fromkeys(order))
+
+
+def hook_count(module: nn.Module) -> int:
+    """How many forward hooks are registered anywhere below `module` (for tests and checks: 0 when nothing
+    runs)."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())

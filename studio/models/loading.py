@@ -1,0 +1,376 @@
+"""From a name to weights on disk: the catalogue, a folder, or a hub id; fingerprints; every fault in one
+sentence.
+
+Only safetensors are opened. A fingerprint hashes the tensors as stored, so file layout and device do not
+matter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from studio.errors import RequestError, StudioError
+from studio.models.catalog import CATALOG, Entry
+
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+PIPELINES = {
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "LatentConsistencyModelPipeline",
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionXLImg2ImgPipeline",
+}
+_FINGERPRINTS: dict[tuple, str] = {}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on disk: the name it was asked for by, its folder, family (sd1, sd2, sdxl, clip …) and hub
+    revision."""
+
+    name: str
+    path: Path
+    kind: str
+    family: str
+    revision: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the sorted (name, stored dtype, shape, bytes) of all tensors."""
+        return fingerprint(self.path)
+
+
+def parameter_bytes(module: Any) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
+
+
+def locate(name: str, models: Path | None = None) -> Source:
+    """Finds a model by catalogue name, folder or hub id, downloading the last when it isn't cached.
+
+    RequestError when the name means nothing or the model is of no known family; StudioError when it can't
+    be had.
+    """
+    if not name.strip():
+        raise RequestError(
+            "--model is empty; give a name of `locus models`, a folder, or a hub id such as org/name."
+        )
+    entry = CATALOG.get(name)
+    if entry and entry.embedded:
+        return _source(name, entry.path, entry, None)
+    for folder in [Path(name).expanduser(), *([models / name] if models else [])]:
+        if folder.is_dir():
+            return _source(name, folder, None, None)
+    hub_id = entry.source if entry else name
+    if (
+        hub_id.count("/") != 1
+        or not all(part.strip(".") for part in hub_id.split("/"))
+        or hub_id.startswith(("/", ".", "~"))
+    ):
+        near = get_close_matches(name, CATALOG, 1)
+        raise RequestError(
+            f"There is no model {name[:80]!r}: it is no name of `locus models`, no folder, and no hub id "
+            f"(org/name)" + (f"; did you mean {near[0]!r}?" if near else ".")
+        )
+    folder = _download(hub_id, entry)
+    revision = folder.name if folder.parent.name == "snapshots" else None
+    return _source(name, folder, entry, revision)
+
+
+def _source(name: str, folder: Path, entry: Entry | None, revision: str | None) -> Source:
+    kind, family = identify(folder)
+    defaults = entry.defaults if entry else {}
+    return Source(name, folder, kind, family, revision, defaults)
+
+
+def identify(folder: Path) -> tuple[str, str]:
+    """(kind, family) of a model folder by its configuration files."""
+
+    def read(file: Path) -> dict:
+        try:
+            content = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise RequestError(
+                f"{file} can't be read as JSON; the model's folder is broken, copy or download it again."
+            ) from error
+        return content if isinstance(content, dict) else {}
+
+    if (index := folder / "model_index.json").exists():
+        cls = read(index).get("_class_name", "")
+        if cls not in PIPELINES:
+            raise RequestError(
+                f"{folder.name} is a {cls or 'pipeline without a class'}; Locus reads Stable Diffusion 1, "
+                f"2 and XL "
+                "pipelines, whose UNet has cross-attention."
+            )
+        width = read(folder / "unet" / "config.json").get("cross_attention_dim", 768)
+        return "diffusion", "sdxl" if "XL" in cls else "sd2" if width == 1024 else "sd1"
+    if (folder / "open_clip_config.json").exists():
+        return "clip", "open_clip"
+    if (config := folder / "config.json").exists():
+        content = read(config)
+        if "architecture" in content:
+            return "vision", "timm"
+        kind = content.get("model_type", "")
+        return (
+            ("clip", "clip")
+            if kind in ("clip", "siglip")
+            else ("language", kind)
+            if kind
+            else ("unknown", "")
+        )
+    raise RequestError(
+        f"The folder {folder} holds no model that Locus knows: expected model_index.json (diffusers), "
+        f"config.json "
+        "(transformers, timm) or open_clip_config.json (open_clip)."
+    )
+
+
+def _download(hub_id: str, entry: Entry | None) -> Path:
+    """The snapshot folder of a hub model, from the cache or downloaded with a progress bar; safetensors
+    only."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+    )
+
+    wanted = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.safetensors", "*.safetensors"]
+    ignored = [
+        "*.fp16.*",
+        "*.non_ema.*",
+        "*.ckpt",
+        "*.bin",
+        "*/*.onnx*",
+        "*flax*",
+        "*openvino*",
+        "safety_checker/*",
+    ]
+    if entry:
+        _room_on_disk(entry)
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=ignored))
+    except GatedRepoError as error:
+        raise StudioError(
+            f"{hub_id} is gated: accept its licence on its hub page, then sign in with `hf auth login`."
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise StudioError(
+            f"The hub has no model {hub_id!r}, or it is private; check the id, or sign in with `hf auth "
+            f"login`."
+        ) from error
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
+        raise RequestError(
+            f"{hub_id} is not on this machine and the hub can't be reached; connect once to download it, "
+            f"or give "
+            "a folder. atlas-sd works offline."
+        ) from error
+    except HFValidationError as error:
+        raise RequestError(f"{hub_id!r} is no valid hub id; it has the form org/name.") from error
+    except (HfHubHTTPError, OSError) as error:
+        if isinstance(error, OSError) and error.errno == 28:
+            raise StudioError(
+                f"The disk is full while downloading {hub_id}; free some space and start again."
+            ) from error
+        raise StudioError(
+            f"Downloading {hub_id} failed ({type(error).__name__}); try again, finished files are kept."
+        ) from error
+
+
+def _room_on_disk(entry: Entry) -> None:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(entry.source, "model_index.json"), str):
+        return
+    folder = Path(constants.HF_HUB_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    if (free := shutil.disk_usage(folder).free) < entry.size * 1.05:
+        raise StudioError(
+            f"{entry.name} needs {entry.size / 1e9:.1f} GB on disk and {folder} has {free / 1e9:.1f} GB "
+            f"free; "
+            "free some space, or set HF_HOME to a larger disk."
+        )
+
+
+# ---- weights files ----------------------------------------------------------------------------------------
+
+
+def weight_files(folder: Path) -> dict[str, list[Path]]:
+    """The safetensors files to read, by component ("" for a model of one part); RequestError when there are
+    only pickles."""
+    parts = (
+        [c for c in COMPONENTS if (folder / c).is_dir()] if (folder / "model_index.json").exists() else [""]
+    )
+    return {part: _component_files(folder / part) for part in parts}
+
+
+def _component_files(folder: Path) -> list[Path]:
+    found = sorted(folder.glob("*.safetensors"))
+    main = [f for f in found if ".fp16." not in f.name and ".non_ema." not in f.name] or found
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        if ".fp16." not in index.name:
+            try:
+                return sorted(
+                    {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
+                )
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise RequestError(f"{index} is broken; copy or download it again.") from error
+    if not main:
+        pickles = sorted(
+            [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        )
+        if pickles:
+            raise RequestError(
+                f"{pickles[0].name} in {folder} is a pickle, which can run foreign code, so Locus never "
+                f"opens it; "
+                "convert the model to safetensors."
+            )
+        raise RequestError(f"{folder} holds no .safetensors file; the model is not complete.")
+    return main[:1] if len(main) > 1 and any(f.name in _SINGLES for f in main) else main
+
+
+_SINGLES = (
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.safetensors",
+)
+
+
+def tensors_of(file: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
+    """(name, stored dtype, shape, first byte, last byte) of a safetensors file, checked against the file's
+    length."""
+    broken = RequestError(f"{file} is broken or cut short; copy or download it again.")
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            if not 2 <= length <= min(size - 8, 10**8):
+                raise broken
+            header = json.loads(opened.read(length))
+        header.pop("__metadata__", None)
+        rows = [
+            (n, t["dtype"], t["shape"], 8 + length + t["data_offsets"][0], 8 + length + t["data_offsets"][1])
+            for n, t in header.items()
+        ]
+    except FileNotFoundError as error:
+        raise RequestError(f"{file} is missing; the model is not complete.") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise broken from error
+    if rows and max(r[4] for r in rows) != size:
+        raise broken
+    yield from rows
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 over the sorted (name, stored dtype, shape, bytes) of all tensors of a model folder.
+
+    A pipeline's tensors are named COMPONENT.TENSOR, as in edit files.
+    """
+    files = weight_files(folder)
+    stamp = tuple(
+        (str(f), f.stat().st_mtime_ns, f.stat().st_size) for fs in files.values() for f in fs if f.exists()
+    )
+    if stamp in _FINGERPRINTS:
+        return _FINGERPRINTS[stamp]
+    rows = [
+        (f"{part}.{name}" if part else name, dtype, shape, file, first, last)
+        for part, fs in files.items()
+        for file in fs
+        for name, dtype, shape, first, last in tensors_of(file)
+    ]
+    digest = hashlib.sha256()
+    for name, dtype, shape, file, first, last in sorted(rows, key=lambda r: r[0]):
+        digest.update(json.dumps([name, dtype, shape]).encode())
+        with file.open("rb") as opened:
+            opened.seek(first)
+            left = last - first
+            while left and (block := opened.read(min(left, 1 << 22))):
+                digest.update(block)
+                left -= len(block)
+    _FINGERPRINTS[stamp] = digest.hexdigest()
+    return _FINGERPRINTS[stamp]
+
+
+def stored_bytes(folder: Path) -> int:
+    """Bytes of all weights files, after checking that none is broken."""
+    total = 0
+    for files in weight_files(folder).values():
+        for file in files:
+            total += sum(last - first for *_, first, last in tensors_of(file))
+    return total
+
+
+def load_diffusion(source: Source, device: str, dtype: Any) -> Any:
+    """A DiffusionModel of the folder, through diffusers' own loader, safetensors only."""
+    import diffusers
+    import torch
+    import transformers
+
+    from studio.models.diffusion import DiffusionModel
+
+    stored_bytes(source.path)
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "use_safetensors": True,
+        "local_files_only": True,
+        "low_cpu_mem_usage": True,
+    }
+    if source.family != "sdxl":
+        options |= {"safety_checker": None, "requires_safety_checker": False}
+    if not any((source.path / "unet").glob("diffusion_pytorch_model*.safetensors")) or _only_variant(
+        source.path / "unet"
+    ):
+        options["variant"] = "fp16"
+    try:
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source.path, **options)
+        pipe.to(torch.device(device))
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            raise
+        first = " ".join(str(error).split())[:160]
+        raise StudioError(
+            f"{source.name} can't be loaded: its files do not fit one another ({first})."
+        ) from error
+    return DiffusionModel(pipe, source, device, dtype)
+
+
+def _only_variant(folder: Path) -> bool:
+    files = [f.name for f in folder.glob("*.safetensors")]
+    return bool(files) and all(".fp16." in f for f in files)
+
+
+def offline_state(entry: Entry) -> tuple[bool, str]:
+    """(ready to use offline, where the weights are) of a catalogue entry."""
+    if entry.embedded:
+        ready = entry.path.is_dir() and any(entry.path.rglob("*.safetensors"))
+        return ready, f"assets/{entry.source}"
+    from huggingface_hub import try_to_load_from_cache
+
+    probe = "model_index.json" if entry.family == "diffusion" else "open_clip_config.json"
+    cached = try_to_load_from_cache(entry.source, probe)
+    return isinstance(cached, str), f"hub: {entry.source}" if not isinstance(cached, str) else str(
+        Path(cached).parent
+    )
+
+
+def home() -> Path:
+    """$LOCUS_HOME, by default ~/.locus."""
+    return Path(os.environ.get("LOCUS_HOME") or "~/.locus").expanduser()

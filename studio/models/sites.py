@@ -1,0 +1,118 @@
+"""Family and kind to module path: the only place that spells the names of modules inside a model.
+
+Text encoders: transformers 5.6 and later flattened CLIPTextModel, CLIPTextModelWithProjection keeps
+`text_model`.
+`named_modules()` lists a UNet's mid block last, so the order of its sites is taken from a dry run on the
+meta device.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from functools import lru_cache
+
+import torch
+from torch import nn
+
+from studio.models.hooks import execution_order
+from studio.types import Site
+
+UNET_KINDS = ("cross-attention", "self-attention", "resnet", "feed-forward", "stream")
+TEXT_KINDS = ("self-attention", "mlp", "hidden")
+
+
+def unet_site_names(unet: nn.Module) -> dict[str, list[str]]:
+    """Module names of a diffusers UNet by kind, in the order of `named_modules()`."""
+    names: dict[str, list[str]] = {kind: [] for kind in UNET_KINDS}
+    for name, module in unet.named_modules():
+        leaf, sort = name.rsplit(".", 1)[-1], type(module).__name__
+        if leaf == "attn2":
+            names["cross-attention"].append(name)
+        elif leaf == "attn1":
+            names["self-attention"].append(name)
+        elif leaf == "ff":
+            names["feed-forward"].append(name)
+        elif sort == "ResnetBlock2D":
+            names["resnet"].append(name)
+            names["stream"].append(name)
+    return names
+
+
+def unet_module(unet: nn.Module, site: Site) -> nn.Module:
+    """The module whose output is the site: for a resnet the branch before its shortcut is added, which is
+    conv2's."""
+    name = f"{site.layer}.conv2" if site.kind == "resnet" else str(site.layer)
+    return unet.get_submodule(name)
+
+
+def unet_sites(unet: nn.Module, kinds: Iterable[str]) -> list[Site]:
+    """All sites of the kinds asked for, in execution order (one axis over all kinds)."""
+    wanted = set(kinds)
+    names = unet_site_names(unet)
+    order = unet_order(json.dumps(dict(unet.config), sort_keys=True, default=str))
+    found = [
+        (order[name], Site("unet", name, kind))
+        for kind in UNET_KINDS
+        if kind in wanted
+        for name in names[kind]
+    ]
+    return [site for _, site in sorted(found, key=lambda pair: pair[0])]
+
+
+@lru_cache(maxsize=8)
+def unet_order(config: str) -> dict[str, int]:
+    """Place in execution order of every addressed module of a UNet of this configuration (JSON), by a dry
+    run on meta."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(json.loads(config))
+    names = {n for kind in unet_site_names(unet).values() for n in kind}
+    ordered = execution_order({n: unet.get_submodule(n) for n in names}, lambda: dry_run(unet))
+    return {name: place for place, name in enumerate(ordered)}
+
+
+def dry_run(unet: nn.Module) -> None:
+    """One forward of a UNet that lives on the meta device: no memory, no arithmetic."""
+    c = unet.config
+    side = 2 ** len(c.block_out_channels)
+    width = c.cross_attention_dim if isinstance(c.cross_attention_dim, int) else c.cross_attention_dim[0]
+    added = None
+    if c.addition_embed_type == "text_time":
+        pooled = c.projection_class_embeddings_input_dim - 6 * c.addition_time_embed_dim
+        added = {
+            "text_embeds": torch.zeros(1, pooled, device="meta"),
+            "time_ids": torch.zeros(1, 6, device="meta"),
+        }
+    timestep_cond = torch.zeros(1, c.time_cond_proj_dim, device="meta") if c.time_cond_proj_dim else None
+    unet(
+        torch.zeros(1, c.in_channels, side, side, device="meta"),
+        torch.zeros(1, device="meta"),
+        torch.zeros(1, 7, width, device="meta"),
+        timestep_cond=timestep_cond,
+        added_cond_kwargs=added,
+    )
+
+
+def text_root(encoder: nn.Module) -> nn.Module:
+    """The part of a CLIP text encoder that holds embeddings and layers."""
+    return getattr(encoder, "text_model", encoder)
+
+
+def text_layers(encoder: nn.Module) -> nn.ModuleList:
+    """The transformer layers of a CLIP text encoder."""
+    return text_root(encoder).encoder.layers
+
+
+def text_module(encoder: nn.Module, site: Site) -> nn.Module:
+    """The module whose output is the site. Kinds: embedding, hidden, self-attention, mlp."""
+    if site.kind == "embedding":
+        return text_root(encoder).embeddings.token_embedding
+    layer = text_layers(encoder)[int(str(site.layer).rsplit(".", 1)[-1])]
+    return {"hidden": layer, "self-attention": layer.self_attn, "mlp": layer.mlp}[site.kind]
+
+
+def text_norm(encoder: nn.Module) -> nn.Module:
+    """The final layer norm."""
+    return text_root(encoder).final_layer_norm

@@ -1,0 +1,137 @@
+"""CLIP models as scorers: images and texts to unit vectors in one space, through each model's own
+preprocessing."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from studio.errors import StudioError
+from studio.models.loading import Source, parameter_bytes, stored_bytes
+
+
+class ClipModel:
+    """An open_clip or transformers CLIP from a folder. `scale` is its logit scale (the inverse
+    temperature)."""
+
+    provides = frozenset({"clip"})
+
+    def __init__(self, source: Source, device: str, dtype: torch.dtype = torch.float32) -> None:
+        stored_bytes(source.path)
+        self.source, self.device = source, torch.device(device)
+        try:
+            self.net, self._pixels, self._ids = (
+                _open_clip(source) if source.family == "open_clip" else _transformers(source)
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            first = " ".join(str(error).split())[:160]
+            raise StudioError(
+                f"{source.name} can't be loaded: its files do not fit one another ({first})."
+            ) from error
+        self.net.to(self.device).eval().requires_grad_(False)
+        self.scale = float(self.net.logit_scale.exp())
+        self._texts = lru_cache(maxsize=512)(self._text)
+
+    @property
+    def id(self) -> str:
+        """The name that it was asked for by."""
+        return self.source.name
+
+    @property
+    def family(self) -> str:
+        """open_clip or clip (transformers)."""
+        return self.source.family
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights as stored (contract)."""
+        return self.source.fingerprint
+
+    def components(self) -> dict[str, torch.nn.Module]:
+        """The whole model, under no name."""
+        return {"": self.net}
+
+    def nbytes(self) -> int:
+        """Memory of the weights."""
+        return parameter_bytes(self.net)
+
+    @torch.no_grad()
+    def image_features(self, images: np.ndarray, chunk: int = 64) -> np.ndarray:
+        """Unit vectors (N, D) float32 of images (N, H, W, 3) uint8."""
+        parts = []
+        for start in range(0, len(images), chunk):
+            pixels = torch.stack([self._pixels(Image.fromarray(im)) for im in images[start : start + chunk]])
+            features = (
+                self.net.encode_image(pixels.to(self.device))
+                if self.family == "open_clip"
+                else _tensor(self.net.get_image_features(pixel_values=pixels.to(self.device)))
+            )
+            parts.append(torch.nn.functional.normalize(features.float(), dim=-1).cpu())
+        return torch.cat(parts).numpy()
+
+    def text_features(self, texts: list[str]) -> np.ndarray:
+        """Unit vectors (N, D) float32 of texts."""
+        return np.stack([self._texts(t) for t in texts])
+
+    @torch.no_grad()
+    def _text(self, text: str) -> np.ndarray:
+        ids = self._ids([text]).to(self.device)
+        features = (
+            self.net.encode_text(ids)
+            if self.family == "open_clip"
+            else _tensor(self.net.get_text_features(input_ids=ids))
+        )
+        return torch.nn.functional.normalize(features.float(), dim=-1)[0].cpu().numpy()
+
+    def shares_text_encoder(self, model: Any) -> bool:
+        """Whether a generator was built on this very text encoder, which makes its score less independent."""
+        mine = (
+            self.net.token_embedding.weight
+            if self.family == "open_clip"
+            else self.net.text_model.embeddings.token_embedding.weight
+        )
+        from studio.models.sites import text_root
+
+        theirs = [
+            text_root(e).embeddings.token_embedding.weight for e in getattr(model, "encoders", {}).values()
+        ]
+        return any(
+            t.shape == mine.shape and bool((t.float().cpu() - mine.float().cpu()).abs().max() < 1e-3)
+            for t in theirs
+        )
+
+
+def _tensor(out: Any) -> torch.Tensor:
+    return out if isinstance(out, torch.Tensor) else out.pooler_output
+
+
+def _open_clip(source: Source) -> tuple:
+    import logging
+
+    import open_clip
+
+    logging.getLogger().setLevel(max(logging.getLogger().level, logging.WARNING))
+    where = f"local-dir:{source.path}"
+    net, _, pixels = open_clip.create_model_and_transforms(where, weights_only=True)
+    return net, pixels, open_clip.get_tokenizer(where)
+
+
+def _transformers(source: Source) -> tuple:
+    from transformers import AutoModel, AutoProcessor
+
+    net = AutoModel.from_pretrained(source.path, use_safetensors=True, local_files_only=True)
+    processor = AutoProcessor.from_pretrained(source.path, local_files_only=True)
+
+    def pixels(image: Image.Image) -> torch.Tensor:
+        return processor.image_processor(images=image, return_tensors="pt").pixel_values[0]
+
+    def ids(texts: list[str]) -> torch.Tensor:
+        return processor.tokenizer(
+            texts, padding="max_length", truncation=True, return_tensors="pt"
+        ).input_ids
+
+    return net, pixels, ids

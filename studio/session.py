@@ -1,0 +1,368 @@
+"""Session: the loaded models under a memory budget, the store and the queue. run(recipe) is where a recipe
+becomes a run.
+
+Look in the store, else queue, load, overlay edits, seed, run, undo, save: the same for a button, a command
+and a test.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from studio.edits import edit_hash, overlay, read_edit
+from studio.errors import Cancelled, RequestError, StudioError
+from studio.jobs import Job, JobQueue
+from studio.models.catalog import DEFAULT_SCORER
+from studio.models.loading import Source, home, load_diffusion, locate, stored_bytes
+from studio.registry import Method, find_method, parse, plain
+from studio.store import Store, write_run
+from studio.types import Recipe, Result, Run
+
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+_LIBRARIES = ("locus-studio", "torch", "diffusers", "transformers", "open_clip_torch", "numpy")
+
+
+class Session:
+    """One backend: models on one device, one queue in front of them, one store behind.
+
+    device: auto (CUDA, then MPS, then CPU), cpu, cuda or mps. dtype: auto is float32. threads: of torch on
+    the CPU.
+    memory: bytes that loaded models may take (default: 70 % of what is free at the start). batch: rows of
+    one forward.
+    """
+
+    def __init__(
+        self,
+        *,
+        runs: str | Path | None = None,
+        models: str | Path | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        threads: int | None = None,
+        memory: int | None = None,
+        batch: int | None = None,
+    ) -> None:
+        self.device = pick_device(device)
+        if dtype not in DTYPES:
+            raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+        self.dtype = "float32" if dtype == "auto" else dtype
+        if self.device == "cpu" and self.dtype == "float16":
+            raise RequestError(
+                "float16 is too slow and too coarse on a CPU; take --dtype float32 or bfloat16."
+            )
+        if threads is not None and not 1 <= threads <= 1024:
+            raise RequestError(f"--threads must be from 1 to 1024, not {threads}.")
+        self.threads = threads or default_threads()
+        self.batch = batch or (16 if self.device == "cpu" else 64)
+        self.models_folder = Path(models).expanduser() if models else None
+        self.store = Store(runs or home() / "runs")
+        self._memory = memory
+        self._loaded: OrderedDict[tuple, Any] = OrderedDict()
+        self.queue = JobQueue(self._execute)
+
+    # ---- asking -------------------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        recipe: Recipe,
+        *,
+        user: str = "local",
+        fresh: bool = False,
+        out: Path | None = None,
+        save: bool = True,
+        force: bool = False,
+    ) -> Job:
+        """Checks a recipe and queues it. RequestError comes at once, before anything is queued or written."""
+        recipe = self.checked(recipe)
+        return self.queue.submit(recipe, user, fresh=fresh, out=out, save=save, force=force)
+
+    def run(self, recipe: Recipe, report: Callable[[Job], None] | None = None, **options: Any) -> Run:
+        """Runs a recipe and waits for it; `report(job)` is called at every change. Raises what the job
+        raised.
+
+        KeyboardInterrupt cancels the job, waits until the device is free, and goes on up.
+        """
+        job = self.submit(recipe, **options)
+        seen = -1
+        try:
+            while not job.over:
+                seen = job.wait(seen, 0.5)
+                if report:
+                    report(job)
+        except KeyboardInterrupt:
+            job.cancel()
+            while not job.over:
+                job.wait(job.version, 0.5)
+            raise
+        if job.error:
+            raise job.error
+        return job.run
+
+    def checked(self, recipe: Recipe) -> Recipe:
+        """The recipe with every default filled in, or RequestError."""
+        method = find_method(recipe.method)
+        inputs, params, seeds = parse(
+            method, {**recipe.inputs, **recipe.params}, recipe.seeds if method.samples else None
+        )
+        if method.check:
+            method.check(inputs, params, seeds)
+        for path in recipe.edits:
+            read_edit(path)
+        return replace(recipe, inputs=plain(inputs), params=plain(params), seeds=seeds)
+
+    def close(self) -> None:
+        """Ends the worker and lets the models go."""
+        self.queue.close()
+        self._loaded.clear()
+
+    # ---- models -------------------------------------------------------------------------------------------
+
+    def model(self, name: str, kind: str) -> Any:
+        """A loaded model by name, from memory or from disk; the least recently used make room."""
+        source = locate(name, self.models_folder)
+        if source.kind != kind:
+            want = {
+                "diffusion": "a text-to-image model",
+                "clip": "a CLIP",
+                "language": "a language model",
+            }.get(kind, kind)
+            raise RequestError(
+                f"{name} is a {source.family or source.kind} model, and {want} is needed here; see `locus "
+                f"models`."
+            )
+        key = (str(source.path.resolve()), source.fingerprint, self.dtype)
+        if key not in self._loaded:
+            self._make_room(source)
+            self._loaded[key] = self._load(source)
+        self._loaded.move_to_end(key)
+        return self._loaded[key]
+
+    def loaded(self) -> list[tuple[str, int]]:
+        """(name, bytes) of the models in memory, least recently used first."""
+        return [(m.id, m.nbytes()) for m in self._loaded.values()]
+
+    def unload(self, name: str) -> bool:
+        """Lets a model go; False when it wasn't loaded."""
+        keys = [k for k, m in self._loaded.items() if m.id == name]
+        for key in keys:
+            del self._loaded[key]
+        return bool(keys)
+
+    def _load(self, source: Source) -> Any:
+        import torch
+
+        from studio.models.base import self_check
+
+        if source.kind == "clip":
+            from studio.models.vision import ClipModel
+
+            return ClipModel(source, self.device)
+        model = load_diffusion(source, self.device, getattr(torch, self.dtype))
+        self_check(model)
+        return model
+
+    def _make_room(self, source: Source) -> None:
+        need = stored_bytes(source.path) * (
+            2 if self.dtype == "float32" and source.path.name.startswith("atlas") else 1
+        )
+        budget = (
+            self._memory
+            if self._memory is not None
+            else int(0.7 * (free_memory(self.device) + sum(b for _, b in self.loaded())))
+        )
+        while self._loaded and sum(b for _, b in self.loaded()) + need > budget:
+            self._loaded.popitem(last=False)
+        if need > budget:
+            raise StudioError(
+                f"{source.name} needs about {need / 1e9:.1f} GB and {budget / 1e9:.1f} GB may be used on "
+                f"{self.device}; close other programs, or take a smaller model or --dtype."
+            )
+
+    def _scorer(self, params: Any, model: Any, job: Job) -> Any:
+        metric = getattr(params, "metric", None)
+        if metric is None or metric == "distance":
+            return None
+        name = params.scorer or model.source.defaults.get("scorer")
+        if name is None and model.source.kind == "diffusion":
+            name = "atlas-clip" if (model.source.path.name.startswith("atlas")) else DEFAULT_SCORER
+        scorer = self.model(name, "clip")
+        if scorer.shares_text_encoder(model):
+            job.warn(
+                f"The scorer {scorer.id} shares its text encoder with the generator, so its scores are "
+                f"not independent."
+            )
+        return scorer
+
+    # ---- running (in the worker's thread) -----------------------------------------------------------------
+
+    def _execute(self, job: Job) -> Run:
+        import torch
+
+        torch.set_num_threads(self.threads)
+        recipe, method = job.recipe, find_method(job.recipe.method)
+        inputs, params, seeds = parse(
+            method, {**recipe.inputs, **recipe.params}, recipe.seeds if method.samples else None
+        )
+        job.plan(0, "loading the model")
+        model = self.model(recipe.model, method.family)
+        if missing := method.needs - model.provides:
+            raise RequestError(
+                f"{method.name} needs a model with {', '.join(sorted(missing)).replace('_', '-')}; "
+                f"{model.id} has none."
+            )
+        scorer = self._scorer(params, model, job)
+        key = recipe.key(
+            model.fingerprint,
+            self.dtype,
+            tuple(map(edit_hash, recipe.edits)),
+            scorer.fingerprint if scorer else None,
+        )
+        if (
+            not job.options.get("fresh")
+            and job.options.get("out") is None
+            and (found := self.store.find(key))
+        ):
+            return found
+        started, clock, rows = datetime.now(UTC), time.monotonic(), self.batch
+        edits = [read_edit(path) for path in recipe.edits]
+        arguments = (model, inputs, params, seeds, scorer)
+        result, failure = None, None
+        try:
+            with overlay(model, edits, force=bool(job.options.get("force"))):
+                result, rows = self._with_less_memory(method, arguments, job)
+        except (Cancelled, StudioError, ArithmeticError, RuntimeError) as error:
+            failure = error
+            if job.latest is None:
+                raise
+        run = Run(
+            recipe,
+            "done" if failure is None else "stopped" if isinstance(failure, Cancelled) else "failed",
+            started.isoformat(timespec="seconds"),
+            time.monotonic() - clock,
+            self.host(rows),
+            with_warnings(result or job.latest, job.warnings),
+            str(failure) or None if failure else None,
+            key,
+            {
+                "id": model.id,
+                "path": str(model.source.path) if model.source.kind and Path(recipe.model).exists() else None,
+                "revision": model.source.revision,
+                "family": model.family,
+                "fingerprint": model.fingerprint,
+            },
+        )
+        run = self._keep(run, method, job)
+        if failure is not None:
+            failure.partial = run
+            raise failure
+        return run
+
+    def _with_less_memory(self, method: Method, arguments: tuple, job: Job) -> tuple[Result, int]:
+        """Runs the method; out of memory halves the rows of a forward until it fits."""
+        import torch
+
+        job.rows = self.batch
+        while True:
+            try:
+                torch.manual_seed(0)
+                return method.run(*arguments, job), job.rows
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                reason = str(error)
+            except RuntimeError as error:
+                if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+                    raise
+                reason = str(error)
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            if job.rows == 1:
+                raise StudioError(
+                    f"There is not enough memory for one image at a time on {self.device} "
+                    f"({' '.join(reason.split())[:80]}); take a smaller size or model."
+                )
+            job.rows = max(1, job.rows // 2)
+            job.warn(f"Memory ran out; the batch was halved to {job.rows} rows.")
+
+    def _keep(self, run: Run, method: Method, job: Job) -> Run:
+        figure = method.draw(run)
+        out = job.options.get("out")
+        if out is not None:
+            if run.status != "stopped":
+                try:
+                    write_run(replace(run, id=out.name), out, figure)
+                except FileExistsError as error:
+                    raise StudioError(
+                        f"{out} came into being meanwhile; the run was not written over it."
+                    ) from error
+            return replace(run, id=out.name)
+        return self.store.save(run, figure) if job.options.get("save", True) else run
+
+    def host(self, rows: int) -> dict[str, Any]:
+        """What a replay needs to repeat the same bits."""
+        return {
+            "device": self.device,
+            "dtype": self.dtype,
+            "threads": self.threads,
+            "batch": rows,
+            "versions": versions(),
+            "machine": platform.machine(),
+        }
+
+
+def with_warnings(result: Result, warnings: list[str]) -> Result:
+    """The result with the job's warnings among its values."""
+    return replace(result, values={**result.values, "warnings": list(warnings)}) if warnings else result
+
+
+def pick_device(name: str) -> str:
+    """cpu, cuda or mps; auto takes CUDA, then MPS, then the CPU. RequestError for one that isn't there."""
+    if name == "cpu":
+        return name
+    import torch
+
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return next((d for d in ("cuda", "mps") if there[d]), "cpu")
+    if name not in there:
+        raise RequestError(f"--device must be auto, cpu, cuda or mps, not {name!r}.")
+    if not there[name]:
+        raise RequestError(
+            f"This machine has no {name} device that torch can use; take --device auto or cpu."
+        )
+    return name
+
+
+def default_threads() -> int:
+    """Cores that this process may use."""
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory(device: str) -> int:
+    """Free bytes on the device."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[0]
+    import psutil
+
+    return psutil.virtual_memory().available
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide results."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found

@@ -1,0 +1,257 @@
+"""Runs on disk, one folder each: written beside, then renamed, so that a run under its name is always whole.
+
+The layout of a run folder is in the contract: run.json, arrays.npz, figure.*, images/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from studio import figures
+from studio.errors import RequestError, StudioError
+from studio.types import Axis, Figure, Recipe, Result, Run, Trace
+
+_HIDDEN = ".partial-"
+
+
+class Store:
+    """The runs below one folder. Several studios may share it: every write is a rename."""
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root).expanduser()
+
+    def save(self, run: Run, figure: Figure | None = None) -> Run:
+        """Writes the run under a new id and returns it with that id."""
+        base = f"{re.sub(r'[^0-9]', '', run.started)[:14]}-{run.recipe.method}-{run.key[:8] or 'nokey'}"
+        for attempt in range(1000):
+            name = base if not attempt else f"{base}-{attempt + 1}"
+            if not (self.root / name).exists():
+                with contextlib.suppress(FileExistsError):
+                    write_run(replace(run, id=name), self.root / name, figure)
+                    return replace(run, id=name)
+        raise StudioError(f"No free name for a run like {base} in {self.root}.")
+
+    def path(self, run_id: str) -> Path:
+        """The folder of a run; RequestError when there is none, or the id is no plain name."""
+        if not re.fullmatch(r"[\w.-]{1,200}", run_id) or run_id.startswith("."):
+            raise RequestError(f"{run_id[:60]!r} is no run's id.")
+        folder = self.root / run_id
+        if not (folder / "run.json").is_file():
+            raise RequestError(f"There is no run {run_id!r} in {self.root}.")
+        return folder
+
+    def load(self, run_id: str) -> Run:
+        """Reads a run by its id."""
+        return read_run(self.path(run_id))
+
+    def find(self, key: str) -> Run | None:
+        """The newest finished run with this key, if it can be read."""
+        for folder in sorted(self.root.glob(f"*-{key[:8]}*"), reverse=True):
+            with contextlib.suppress(StudioError, OSError):
+                run = read_run(folder)
+                if run.key == key and run.status == "done":
+                    return run
+        return None
+
+    def ids(self) -> list[str]:
+        """Ids of all whole runs, newest first."""
+        if not self.root.is_dir():
+            return []
+        return sorted(
+            (
+                f.name
+                for f in self.root.iterdir()
+                if not f.name.startswith(".") and (f / "run.json").is_file()
+            ),
+            reverse=True,
+        )
+
+    def sweep_leftovers(self) -> int:
+        """Removes half-written folders of processes that are gone; returns how many."""
+        gone = 0
+        if self.root.is_dir():
+            for folder in self.root.glob(f"{_HIDDEN}*"):
+                pid = folder.name.removeprefix(_HIDDEN).split("-")[0]
+                if not pid.isdigit() or not _alive(int(pid)):
+                    shutil.rmtree(folder, ignore_errors=True)
+                    gone += 1
+        return gone
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def check_free(folder: Path) -> None:
+    """RequestError when `folder` (the --out of a command) exists or could not be written."""
+    if folder.exists() or folder.is_symlink():
+        raise RequestError(
+            f"{folder} exists already; give a folder that does not, so that nothing is overwritten."
+        )
+    parent = folder.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise RequestError(f"{folder} can't be written: {parent} is no folder that you may write to.")
+
+
+def write_run(run: Run, folder: Path, figure: Figure | None = None) -> None:
+    """Writes a run folder beside its place and renames it; FileExistsError when the place is taken,
+    StudioError on a full disk."""
+    folder = Path(folder)
+    beside = folder.parent / f"{_HIDDEN}{os.getpid()}-{folder.name}"
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        _fill(run, beside, figure)
+        if folder.exists():
+            raise FileExistsError(folder)
+        beside.rename(folder)
+    except OSError as error:
+        if isinstance(error, FileExistsError):
+            raise
+        reason = "the disk is full" if error.errno == 28 else error.strerror or type(error).__name__
+        raise StudioError(f"The run could not be saved in {folder.parent}: {reason}.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _fill(run: Run, folder: Path, figure: Figure | None) -> None:
+    from PIL import Image
+
+    record = as_record(run)
+    np.savez_compressed(folder / "arrays.npz", **{n: t.values for n, t in run.result.arrays.items()})
+    (folder / "images").mkdir()
+    for name, pixels in run.result.images.items():
+        Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
+    if figure is not None:
+        figures.save(figure, folder, record["recipe"])
+    (folder / "run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def as_record(run: Run) -> dict[str, Any]:
+    """run.json's content."""
+    arrays = {
+        n: {"axes": [{"name": a.name, "labels": list(a.labels)} for a in t.axes], "unit": t.unit}
+        for n, t in run.result.arrays.items()
+    }
+    return {
+        "recipe": run.recipe.as_dict() | {"key": run.key},
+        "model": dict(run.model),
+        "status": run.status,
+        "started": run.started,
+        "seconds": round(run.seconds, 3),
+        "host": dict(run.host),
+        "result": {"arrays": arrays, "values": _finite(run.result.values)},
+        "error": run.error,
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinities as None, which strict JSON needs."""
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Images(Mapping):
+    """A run's images, read from its folder when they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self._files = {f.stem: f for f in sorted(folder.glob("*.png"))}
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        from PIL import Image
+
+        with Image.open(self._files[name]) as opened:
+            return np.asarray(opened.convert("RGB"))
+
+    def __iter__(self):
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def read_run(folder: str | Path) -> Run:
+    """Reads a run folder; RequestError says what is wrong with one that isn't whole."""
+    folder = Path(folder)
+    try:
+        record = json.loads((folder / "run.json").read_text())
+        recipe, result = record["recipe"], record["result"]
+        with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
+            arrays = {
+                n: Trace(stored[n], tuple(Axis(a["name"], tuple(a["labels"])) for a in d["axes"]), d["unit"])
+                for n, d in result["arrays"].items()
+            }
+        return Run(
+            recipe=Recipe(
+                recipe["method"],
+                recipe["model"],
+                recipe["inputs"],
+                recipe["params"],
+                tuple(recipe["seeds"]),
+                tuple(recipe["edits"]),
+            ),
+            status=record["status"],
+            started=record["started"],
+            seconds=record["seconds"],
+            host=record["host"],
+            result=Result(arrays, result["values"], Images(folder / "images")),
+            error=record["error"],
+            key=recipe["key"],
+            model=record["model"],
+            id=folder.name,
+        )
+    except FileNotFoundError as error:
+        raise RequestError(
+            f"{folder} is no run folder: {Path(error.filename or 'run.json').name} is not there."
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise RequestError(
+            f"The run in {folder} is damaged and can't be read ({type(error).__name__}); other runs are not "
+            "touched."
+        ) from error
+
+
+def to_zip(folder: Path, target: Path) -> Path:
+    """The whole run folder as a zip file at `target`."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as out:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                out.write(file, Path(folder.name) / file.relative_to(folder))
+    return target
+
+
+def export(folder: Path, target: Path) -> dict[str, Path]:
+    """Copies a run's figures, its numbers as CSV and the whole run as zip to `target`; {format: file}."""
+    run = read_run(folder)
+    files = {
+        kind: Path(shutil.copy(folder / f"figure.{kind}", target / f"{folder.name}.{kind}"))
+        for kind in figures.FORMATS
+    }
+    files["csv"] = target / f"{folder.name}.csv"
+    files["csv"].write_text(figures.to_csv(run.result.arrays))
+    files["zip"] = to_zip(folder, target / f"{folder.name}.zip")
+    return files
