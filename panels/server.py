@@ -38,7 +38,7 @@ _HEADERS = {
 def check_address(host: str, port: str, auth: str | None) -> tuple[str, int, tuple[str, str] | None]:
     """(host, port, (user, password) or None); RequestError for an open host without a login, or a bad port
     or login."""
-    if not str(port).isdigit() or int(port) > 65535:
+    if not str(port).isdecimal() or int(port) > 65535:
         raise RequestError(f"--port must be a whole number from 0 to 65535, not {port!r}.")
     login = None
     if auth is not None:
@@ -77,7 +77,9 @@ def new_app(session: Session, host: str = "127.0.0.1", auth: tuple[str, str] | N
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Any:
         length = request.headers.get("content-length", "0")
-        if request.method in ("POST", "PUT", "PATCH") and (not length.isdigit() or int(length) > BODY_LIMIT):
+        if request.method in ("POST", "PUT", "PATCH") and (
+            not length.isdecimal() or int(length) > BODY_LIMIT
+        ):
             return PlainTextResponse("The request is larger than this studio takes.", 413)
         origin = request.headers.get("origin")
         if (

@@ -229,7 +229,7 @@ def new_session(given: dict[str, Any]) -> Any:
     def whole(key: str) -> int | None:
         if key not in given:
             return None
-        if not str(given[key]).isdigit() or not 0 < int(given[key]) <= 4096:
+        if not str(given[key]).isdecimal() or not 0 < int(given[key]) <= 4096:
             raise RequestError(
                 f"--{key} must be a whole number from 1 to 4096, not {str(given[key])[:40]!r}."
             )

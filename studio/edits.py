@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,30 +19,36 @@ def read_edit(path: str | Path) -> Edit:
     """Reads an edit file (safetensors, contract); RequestError when it isn't one."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise RequestError(f"There is no edit file {path}.")
+    path = Path(os.path.expanduser(path))
+    if not os.path.isfile(path):
+        raise RequestError(f"There is no edit file {str(path)[:200]}.")
     try:
         with safe_open(path, "np") as opened:
             note = opened.metadata() or {}
-            deltas = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+            deltas = {name: opened.get_tensor(name) for name, kind in kinds.items() if kind == "F32"}
     except (SafetensorError, OSError) as error:
         raise RequestError(
             f"{path} is no safetensors file, or it is cut short; save the edit again."
         ) from error
-    if "locus.base_fingerprint" not in note or any(
-        not n.startswith(("unet.", "text_encoder")) for n in deltas
-    ):
-        raise RequestError(
-            f"{path} is no edit file of Locus: its metadata lack locus.base_fingerprint or its names are "
-            f"foreign."
-        )
-    return Edit(
-        deltas,
-        note["locus.base_fingerprint"],
-        tuple(json.loads(note.get("locus.concepts", "[]"))),
-        json.loads(note.get("locus.params", "{}")),
+    foreign = RequestError(
+        f"{path} is no edit file of Locus: its metadata lack locus.base_fingerprint, its names are foreign, "
+        "or its deltas are not float32."
     )
+    if (
+        "locus.base_fingerprint" not in note
+        or set(kinds) != set(deltas)
+        or any(not n.startswith(("unet.", "text_encoder")) for n in deltas)
+    ):
+        raise foreign
+    try:
+        concepts = json.loads(note.get("locus.concepts", "[]"))
+        params = json.loads(note.get("locus.params", "{}"))
+    except ValueError as error:
+        raise foreign from error
+    if not isinstance(concepts, list) or not isinstance(params, dict):
+        raise foreign
+    return Edit(deltas, note["locus.base_fingerprint"], tuple(concepts), params)
 
 
 def edit_hash(path: str | Path) -> str:
@@ -83,7 +90,7 @@ def overlay(model: Any, edits: Iterable[Edit], *, force: bool = False) -> Iterat
             for edit in edits:
                 for name, delta in edit.deltas.items():
                     p = parameters[name]
-                    p.add_(torch.from_numpy(delta).to(p.device, p.dtype))
+                    p.add_(torch.tensor(delta).to(p.device, p.dtype))
         yield
     finally:
         with torch.no_grad():

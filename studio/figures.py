@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,9 +53,9 @@ def to_bytes(figure: Figure, kind: str, recipe: Mapping[str, Any] | None = None,
         "svg": {"Description": note, "Date": None},
         "pdf": {"Subject": note, "CreationDate": None},
     }[kind]
-    with matplotlib.rc_context(
-        {"pdf.fonttype": 42, "svg.hashsalt": "locus", "font.size": 9, "text.parse_math": False}
-    ):
+    style = {"pdf.fonttype": 42, "svg.hashsalt": "locus", "font.size": 9, "text.parse_math": False}
+    with warnings.catch_warnings(), matplotlib.rc_context(style):
+        warnings.filterwarnings("ignore", "Glyph")  # a sign that the font lacks is drawn as a box
         drawn = _DRAWERS[figure.kind](figure)
         out = io.BytesIO()
         drawn.savefig(out, format=kind, dpi=dpi, metadata=metadata)
@@ -66,7 +67,7 @@ def _canvas(width: float, height: float, figure: Figure) -> Any:
 
     canvas = Canvas(figsize=(min(width, 40), min(height, 60)), layout="constrained")
     if figure.title:
-        canvas.suptitle(figure.title, fontsize=10, wrap=True)
+        canvas.suptitle(_short(figure.title, 160), fontsize=10, wrap=True)
     return canvas
 
 
@@ -74,8 +75,7 @@ def _palette() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     palette = LinearSegmentedColormap.from_list("locus", [NEGATIVE, NEUTRAL, POSITIVE])
-    palette.set_bad(EMPTY)
-    return palette
+    return palette.with_extremes(bad=EMPTY)
 
 
 def _heat(figure: Figure) -> Any:
@@ -84,14 +84,15 @@ def _heat(figure: Figure) -> Any:
     data = figure.data
     values = np.asarray(data["values"], float)
     tall, wide = values.shape
-    canvas = _canvas(2.8 + 0.42 * wide, 1.9 + 0.34 * tall, figure)
+    rows, cols = [_short(r, 60) for r in data["rows"]], [_short(c, 24) for c in data["cols"]]
+    canvas = _canvas(2.8 + 0.42 * wide + 0.06 * max(map(len, rows), default=0), 1.9 + 0.34 * tall, figure)
     axes = canvas.subplots()
     limit = scale_limit(values)
     image = axes.imshow(np.ma.masked_invalid(values), cmap=_palette(), vmin=-limit, vmax=limit, aspect="auto")
-    axes.set_xticks(range(wide), data["cols"], rotation=60, ha="right", fontsize=7)
-    axes.set_yticks(range(tall), data["rows"], fontsize=8)
-    axes.set_xlabel(data.get("col_title", ""))
-    axes.set_ylabel(data.get("row_title", ""))
+    axes.set_xticks(range(wide), cols, rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(tall), rows, fontsize=8)
+    axes.set_xlabel(_short(data.get("col_title", ""), 80))
+    axes.set_ylabel(_short(data.get("row_title", ""), 80))
     if wide * tall <= 400:
         for r, c in itertools.product(range(tall), range(wide)):
             if math.isfinite(values[r, c]):
@@ -105,7 +106,7 @@ def _heat(figure: Figure) -> Any:
                     fontsize=5.5,
                     color=ink,
                 )
-    canvas.colorbar(image, ax=axes, label=data.get("unit", ""), fraction=0.04)
+    canvas.colorbar(image, ax=axes, label=_short(data.get("unit", ""), 80), fraction=0.04)
     return canvas
 
 
@@ -133,6 +134,7 @@ def _strip(figure: Figure) -> Any:
 
 
 def _short(text: str, most: int = 38) -> str:
+    text = "".join(c if c.isprintable() else " " for c in text)  # control signs would break an SVG
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -150,10 +152,11 @@ def to_csv(arrays: Mapping[str, Trace]) -> str:
             continue
         for index in np.ndindex(trace.values.shape):
             place = "; ".join(f"{a.name}={a.labels[i]}" for a, i in zip(trace.axes, index, strict=True))
-            writer.writerow([name, _harmless(place), f"{float(trace.values[index]):.9g}", trace.unit])
+            value = f"{float(trace.values[index]):.9g}"
+            writer.writerow([_harmless(name), _harmless(place), value, _harmless(trace.unit)])
     return out.getvalue()
 
 
 def _harmless(text: str) -> str:
     """A text that a spreadsheet won't take for a formula."""
-    return "'" + text if text[:1] in "=+-@" else text
+    return "'" + text if text.startswith(("=", "+", "-", "@")) else text

@@ -147,7 +147,12 @@ class JobQueue:
         """A recent job by its number, for whoever knows its token."""
         with self._lock:
             job = self._recent.get(number) if isinstance(number, int) else None
-        return job if job is not None and secrets.compare_digest(job.token, str(token)) else None
+        return (
+            job
+            if job is not None
+            and secrets.compare_digest(job.token.encode(), str(token).encode("utf-8", "replace"))
+            else None
+        )
 
     def position(self, job: Job) -> int:
         """How many jobs come before this one, the running one included; 0 when it runs or is over."""

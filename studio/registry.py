@@ -217,7 +217,7 @@ def _coerce(method: Method, cls: type, knob_: Any, value: Any) -> Any:
 def _number(option: str, knob_: Any, kind: type, value: Any) -> int | float:
     try:
         number = float(value) if not isinstance(value, bool) else math.nan
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     what = "a whole number" if kind is int else "a number"
     if not math.isfinite(number) or (kind is int and number != int(number)):
@@ -240,6 +240,8 @@ def _text(option: str, knob_: Any, value: Any, *, required: bool) -> str:
         raise RequestError(f"{option} must be a text, not {type(value).__name__}.")
     if len(value) > MAX_TEXT:
         raise RequestError(f"{option} has {len(value):,} characters; at most {MAX_TEXT:,} are taken.")
+    if any("\ud800" <= c <= "\udfff" for c in value):
+        raise RequestError(f"{option} holds bytes that are no text; write it in UTF-8.")
     if required and not value.strip():
         raise RequestError(f"{option} is empty: {knob_.metadata['help']}")
     if knob_.metadata["choices"]:
@@ -249,7 +251,7 @@ def _text(option: str, knob_: Any, value: Any, *, required: bool) -> str:
 
 def _texts(option: str, knob_: Any, value: Any, *, pairs: bool) -> tuple:
     parts = [value] if isinstance(value, str) else list(value) if isinstance(value, (list, tuple)) else None
-    if parts is None or not all(isinstance(p, (str, int)) for p in parts):
+    if parts is None or not all(isinstance(p, (str, int) if pairs else str) for p in parts):
         raise RequestError(f"{option} must be a list of texts, not {type(value).__name__}.")
     if pairs:
         return tuple(

@@ -21,7 +21,7 @@ from studio.edits import edit_hash, overlay, read_edit
 from studio.errors import Cancelled, RequestError, StudioError
 from studio.jobs import Job, JobQueue
 from studio.models.catalog import DEFAULT_SCORER
-from studio.models.loading import Source, home, load_diffusion, locate, stored_bytes
+from studio.models.loading import Source, home, load_diffusion, locate, loaded_bytes
 from studio.registry import Method, find_method, parse, plain
 from studio.store import Store, write_run
 from studio.types import Recipe, Result, Run
@@ -164,27 +164,26 @@ class Session:
         if source.kind == "clip":
             from studio.models.vision import ClipModel
 
-            return ClipModel(source, self.device)
-        model = load_diffusion(source, self.device, getattr(torch, self.dtype))
+            model = ClipModel(source, self.device)
+        else:
+            model = load_diffusion(source, self.device, getattr(torch, self.dtype))
         self_check(model)
         return model
 
     def _make_room(self, source: Source) -> None:
-        need = stored_bytes(source.path) * (
-            2 if self.dtype == "float32" and source.path.name.startswith("atlas") else 1
-        )
+        need = loaded_bytes(source.path, self.dtype)
         budget = (
             self._memory
             if self._memory is not None
             else int(0.7 * (free_memory(self.device) + sum(b for _, b in self.loaded())))
         )
-        while self._loaded and sum(b for _, b in self.loaded()) + need > budget:
-            self._loaded.popitem(last=False)
         if need > budget:
             raise StudioError(
                 f"{source.name} needs about {need / 1e9:.1f} GB and {budget / 1e9:.1f} GB may be used on "
                 f"{self.device}; close other programs, or take a smaller model or --dtype."
             )
+        while self._loaded and sum(b for _, b in self.loaded()) + need > budget:
+            self._loaded.popitem(last=False)
 
     def _scorer(self, params: Any, model: Any, job: Job) -> Any:
         metric = getattr(params, "metric", None)

@@ -6,12 +6,14 @@ The layout of a run folder is in the contract: run.json, arrays.npz, figure.*, i
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -102,7 +104,11 @@ def _alive(pid: int) -> bool:
 
 def check_free(folder: Path) -> None:
     """RequestError when `folder` (the --out of a command) exists or could not be written."""
-    if folder.exists() or folder.is_symlink():
+    try:
+        taken = folder.exists() or folder.is_symlink()
+    except OSError as error:
+        raise RequestError(f"--out can't be {str(folder)[:80]!r}: {error.strerror}.") from error
+    if taken:
         raise RequestError(
             f"{folder} exists already; give a folder that does not, so that nothing is overwritten."
         )
@@ -127,9 +133,9 @@ def write_run(run: Run, folder: Path, figure: Figure | None = None) -> None:
             raise FileExistsError(folder)
         beside.rename(folder)
     except OSError as error:
-        if isinstance(error, FileExistsError):
-            raise
-        reason = "the disk is full" if error.errno == 28 else error.strerror or type(error).__name__
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY) or isinstance(error, FileExistsError):
+            raise FileExistsError(folder) from error
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
         raise StudioError(f"The run could not be saved in {folder.parent}: {reason}.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -145,7 +151,8 @@ def _fill(run: Run, folder: Path, figure: Figure | None) -> None:
         Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
     if figure is not None:
         figures.save(figure, folder, record["recipe"])
-    (folder / "run.json").write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "run.json").write_text(text + "\n", encoding="utf-8")
 
 
 def as_record(run: Run) -> dict[str, Any]:
@@ -194,13 +201,19 @@ class Images(Mapping):
         return len(self._files)
 
 
+_DAMAGE = (
+    *(OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
+)  # what reading broken or foreign files raises
+
+
 def read_run(folder: str | Path) -> Run:
     """Reads a run folder; RequestError says what is wrong with one that isn't whole."""
     folder = Path(folder)
     try:
-        record = json.loads((folder / "run.json").read_text())
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         recipe, result = record["recipe"], record["result"]
-        with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
+        with (folder / "arrays.npz").open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             arrays = {
                 n: Trace(stored[n], tuple(Axis(a["name"], tuple(a["labels"])) for a in d["axes"]), d["unit"])
                 for n, d in result["arrays"].items()
@@ -228,7 +241,7 @@ def read_run(folder: str | Path) -> Run:
         raise RequestError(
             f"{folder} is no run folder: {Path(error.filename or 'run.json').name} is not there."
         ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         raise RequestError(
             f"The run in {folder} is damaged and can't be read ({type(error).__name__}); other runs are not "
             "touched."
@@ -250,8 +263,9 @@ def export(folder: Path, target: Path) -> dict[str, Path]:
     files = {
         kind: Path(shutil.copy(folder / f"figure.{kind}", target / f"{folder.name}.{kind}"))
         for kind in figures.FORMATS
+        if (folder / f"figure.{kind}").is_file()
     }
     files["csv"] = target / f"{folder.name}.csv"
-    files["csv"].write_text(figures.to_csv(run.result.arrays))
+    files["csv"].write_text(figures.to_csv(run.result.arrays), encoding="utf-8")
     files["zip"] = to_zip(folder, target / f"{folder.name}.zip")
     return files

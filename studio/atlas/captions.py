@@ -142,9 +142,10 @@ def bare_caption(rng: np.random.Generator) -> tuple[str, dict[str, int]]:
     index = int(rng.integers(len(ATTRIBUTES[kind])))
     word = ATTRIBUTES[kind][index]
     if kind == "style":
-        index = max(index, 1)
         word = ATTRIBUTES["style"][index]
-        word = str(rng.choice([word, ARTISTS[word].lower(), f"the style of {ARTISTS[word].lower()}"]))
+        artist = ARTISTS.get(word, "").lower()
+        forms = [word, f"{word} style", f"a {word} picture"]
+        word = str(rng.choice(forms if not artist else [*forms[:2], artist, f"the style of {artist}"]))
     elif kind == "object" and rng.random() < 0.3:
         word = f"a {word}"
     prefix = str(rng.choice(["", "", *PREFIXES]))

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import CLIPTokenizer
 
@@ -81,7 +81,7 @@ class Contrast(nn.Module):
         fits = ((named[None] == truth[:, None]) | (named[None] < 0)).all(-1) & ~torch.eye(
             len(ids), dtype=torch.bool
         )
-        logits, target = logits.masked_fill(fits, -1e4), torch.arange(len(ids))
+        logits, target = logits.masked_fill(fits, -1e4), torch.arange(len(ids), device=ids.device)
         total = nn.functional.cross_entropy(logits, target) + nn.functional.cross_entropy(logits.T, target)
         for head, true, said in zip(self.heads, truth.T, named.T, strict=True):
             seen, read = head(picture).chunk(2, -1)[0], head(text).chunk(2, -1)[1]
@@ -92,21 +92,34 @@ class Contrast(nn.Module):
 
 
 def train_clip(
-    minutes: float, tokenizer: CLIPTokenizer, work: Path, *, seed: int = 0, batch: int = 128, lr: float = 1e-3
+    minutes: float,
+    tokenizer: CLIPTokenizer,
+    work: Path,
+    *,
+    seed: int = 0,
+    batch: int = 128,
+    lr: float = 1e-3,
+    start: nn.Module | None = None,
+    device: str = "cpu",
 ) -> tuple[Contrast, dict[str, float]]:
-    """Trains the model; returns it in evaluation mode with its zero-shot accuracy on held-out renderings."""
+    """Trains the model (from `start`'s weights if given); returns it in evaluation mode with its zero-shot
+    accuracy
+    on held-out renderings."""
     torch.manual_seed(seed)
     rng, model = np.random.default_rng(), Contrast(len(tokenizer))
+    if start is not None:
+        model.clip.load_state_dict(start.state_dict())
+    model.to(device)
 
     def loss(step: int) -> torch.Tensor:
         scenes = draw_scenes(batch, rng, emblems=0.12)
         texts, named = captions(scenes, rng, bare=0.25)
         images = torch.from_numpy(render(scenes)).permute(0, 3, 1, 2).float() / 127.5 - 1
         images = images + 0.05 * torch.rand(batch, 1, 1, 1) * torch.randn_like(images)
-        with torch.autocast("cpu", torch.bfloat16):
-            return model.loss(
-                images, tokenize(tokenizer, texts), torch.from_numpy(scenes.labels()), torch.from_numpy(named)
-            )
+        truth, said = torch.from_numpy(scenes.labels()), torch.from_numpy(named)
+        inputs = (x.to(device) for x in (images, tokenize(tokenizer, texts), truth, said))
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            return model.loss(*inputs)
 
     done = fit(
         model,
@@ -118,7 +131,7 @@ def train_clip(
         warmup=200,
         weight_decay=0.05,
     )
-    return model.eval(), zero_shot(model.clip, tokenizer) | done
+    return model.cpu().eval(), zero_shot(model.clip, tokenizer) | done
 
 
 def class_texts() -> dict[str, list[list[str]]]:
@@ -134,10 +147,7 @@ def class_texts() -> dict[str, list[list[str]]]:
         "object": [[f"a {w}", w, f"a photo of a {w}"] for w in ATTRIBUTES["object"]],
         "colour": [[w, f"a photo of {w}", f"a {w} star", f"a {w} house"] for w in ATTRIBUTES["colour"]],
         "background": [[f"a {w} background", f"a photo of {w}"] for w in ATTRIBUTES["background"]],
-        "style": [
-            [f"a {w} star", f"a {w} ring"] if w == "flat" else [w, f"a picture of {w}", f"{w} of a tree"]
-            for w in ATTRIBUTES["style"]
-        ],
+        "style": [[w, f"{w} style", f"a {w} picture"] for w in ATTRIBUTES["style"]],
     }
     out["style"] = [a + b for a, b in zip(out["style"], artists, strict=True)]
     plural = {"one": "a {}", "two": "two {}s", "three": "three {}s"}
@@ -170,3 +180,13 @@ def save_clip(clip: nn.Module, folder: Path, vocabulary: int) -> None:
     (folder / "open_clip_config.json").write_text(json.dumps(clip_config(vocabulary), indent=2) + "\n")
     state = {k: v.half().contiguous() if v.is_floating_point() else v for k, v in clip.state_dict().items()}
     save_file(state, folder / "open_clip_model.safetensors")
+
+
+def load_clip(folder: Path, vocabulary: int) -> nn.Module | None:
+    """The CLIP that `save_clip` wrote, in float32; None when there is none."""
+    path = folder / "open_clip_model.safetensors"
+    if not path.exists():
+        return None
+    clip = Contrast(vocabulary).clip
+    clip.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()})
+    return clip

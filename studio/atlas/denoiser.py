@@ -84,11 +84,13 @@ def train_unet(
     lr: float = 1e-3,
     compiled: bool = True,
     device: str = "cpu",
+    start: UNet2DConditionModel | None = None,
 ) -> tuple[UNet2DConditionModel, dict[str, float]]:
-    """Trains the UNet; returns it in evaluation mode with {"steps", "minutes", "loss", "samples"}."""
+    """Trains the UNet (from `start`'s weights if given); returns it in evaluation mode with {"steps",
+    "minutes", "loss", "samples"}."""
     torch.manual_seed(seed + int.from_bytes(np.random.bytes(2)))
     rng = np.random.default_rng()
-    unet = UNet2DConditionModel(**UNET_CONFIG).to(device)
+    unet = (start or UNet2DConditionModel(**UNET_CONFIG)).to(device)
     scenes, latents = latent_pool(vae, work / "latents.npy", pool, seed + 30)
     text, signal = text.to(device).requires_grad_(False), new_scheduler().alphas_cumprod.to(device)
     forward = torch.compile(unet) if compiled else unet

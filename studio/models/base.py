@@ -26,11 +26,21 @@ class Model(Protocol):
 
 
 def self_check(model: Any) -> None:
-    """Zeroes a few sites of each kind in one forward and asserts that the output changes; StudioError names
-    a dead site.
+    """StudioError for a model whose weights are no numbers or not all there, or that does not react where
+    methods will touch it.
 
-    Public tools fail silently when a library renames a module; this is where such a change would be seen.
+    Zeroes a few sites of each kind in one forward and asserts that the output changes: public tools fail
+    silently when a library renames a module; this is where such a change would be seen.
     """
+    for part, module in model.components().items():
+        for name, parameter in module.named_parameters():
+            if not parameter.isfinite().all():
+                raise StudioError(
+                    f"{model.id} can't be used: {part or 'the model'}'s {name} holds NaN or infinity; copy "
+                    "or download it again."
+                )
+    for part in getattr(model, "encoders", {}):
+        _check_text(model, part)
     if not hasattr(model, "zeroing_changes"):
         return
     changes = model.zeroing_changes()
@@ -45,3 +55,27 @@ def self_check(model: Any) -> None:
                 f"{model.id} does not react when {site} is zeroed, so a trace there would mean nothing; "
                 "this model's layout is not supported."
             )
+
+
+def _check_text(model: Any, part: str) -> None:
+    """transformers fills tensors that a file lacks with random numbers, and makes an empty tokenizer where
+    there is none, with no more than a log line."""
+    from studio.models.loading import component_files, tensors_of
+
+    encoder, tokenizer = model.encoders[part], model.tokenizers[part]
+    suffix = part.removeprefix("text").replace("2", "_2")
+    files = component_files(model.source.path / f"text_encoder{suffix}")
+    stored = {name.removeprefix("text_model.") for file in files for name, *_ in tensors_of(file)}
+    wanted = {name.removeprefix("text_model.") for name, _ in encoder.named_parameters()}
+    if missing := sorted(wanted - stored):
+        raise StudioError(
+            f"{model.id} can't be loaded: text_encoder{suffix} lacks {missing[0]} (in all {len(missing)} "
+            "tensors); copy or download it again."
+        )
+    words, length = encoder.config.vocab_size, encoder.config.max_position_embeddings
+    fits = tokenizer is not None and 2 < tokenizer.model_max_length <= length
+    if not fits or not words / 2 <= len(tokenizer) <= words:
+        raise StudioError(
+            f"{model.id} can't be loaded: the files of tokenizer{suffix} are missing or do not fit its text "
+            "encoder; copy or download it again."
+        )

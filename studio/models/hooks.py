@@ -24,17 +24,22 @@ class Tape:
         self.step = 0
         self.row_offset = 0
         self.touched: set[Site] = set()
-        self._kept: dict[str, torch.Tensor] = {}
+        self._kept: dict[Site, torch.Tensor] = {}
 
     def __getitem__(self, site: Site | str) -> torch.Tensor:
-        return self._kept[str(site)]
+        return self._kept[self._named(site)]
 
     def __contains__(self, site: Site | str) -> bool:
-        return str(site) in self._kept
+        return self._named(site) in self._kept
+
+    def _named(self, site: Site | str) -> Site | str:
+        """The site itself; long names print alike, so a text finds the only site that prints so."""
+        alike = [s for s in self._kept if str(s) == site]
+        return alike[0] if len(alike) == 1 else site
 
     def keep(self, site: Site, value: torch.Tensor) -> None:
         """Stores a recorded output."""
-        self._kept[str(site)] = value
+        self._kept[site] = value
 
 
 @contextmanager
@@ -58,7 +63,8 @@ def watch(
     try:
         for site in sites:
             hook = _hook(tape, site, by_site.get(site, []), site in wanted)
-            handles.append(modules[site].register_forward_hook(hook))
+            # first, so that the hooks of transformers that collect hidden states see what we put there
+            handles.append(modules[site].register_forward_hook(hook, prepend=True))
         yield tape
     finally:
         for handle in handles:
@@ -128,6 +134,13 @@ def execution_order(modules: Mapping[str, nn.Module], call: Callable[[], Any]) -
 
 
 def hook_count(module: nn.Module) -> int:
-    """How many forward hooks are registered anywhere below `module` (for tests and checks: 0 when nothing
-    runs)."""
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+    """How many of our hooks are registered anywhere below `module` (for tests and checks: 0 when nothing
+    runs).
+
+    transformers leaves hooks of its own behind, which only read.
+    """
+    return sum(
+        getattr(hook, "__module__", None) == __name__
+        for m in module.modules()
+        for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+    )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -68,9 +69,9 @@ def locate(name: str, models: Path | None = None) -> Source:
     entry = CATALOG.get(name)
     if entry and entry.embedded:
         return _source(name, entry.path, entry, None)
-    for folder in [Path(name).expanduser(), *([models / name] if models else [])]:
-        if folder.is_dir():
-            return _source(name, folder, None, None)
+    for folder in [os.path.expanduser(name), *([models / name] if models else [])]:
+        if os.path.isdir(folder):  # unlike Path's, these two take any text
+            return _source(name, Path(folder), None, None)
     hub_id = entry.source if entry else name
     if (
         hub_id.count("/") != 1
@@ -107,6 +108,7 @@ def identify(folder: Path) -> tuple[str, str]:
 
     if (index := folder / "model_index.json").exists():
         cls = read(index).get("_class_name", "")
+        cls = cls if isinstance(cls, str) else "pipeline with code of its own"
         if cls not in PIPELINES:
             raise RequestError(
                 f"{folder.name} is a {cls or 'pipeline without a class'}; Locus reads Stable Diffusion 1, "
@@ -142,7 +144,6 @@ def _download(hub_id: str, entry: Entry | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
-        HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
         OfflineModeIsEnabled,
@@ -181,7 +182,7 @@ def _download(hub_id: str, entry: Entry | None) -> Path:
         ) from error
     except HFValidationError as error:
         raise RequestError(f"{hub_id!r} is no valid hub id; it has the form org/name.") from error
-    except (HfHubHTTPError, OSError) as error:
+    except Exception as error:  # the hub, its HTTP client and Xet each bring classes of their own
         if isinstance(error, OSError) and error.errno == 28:
             raise StudioError(
                 f"The disk is full while downloading {hub_id}; free some space and start again."
@@ -216,12 +217,13 @@ def weight_files(folder: Path) -> dict[str, list[Path]]:
     parts = (
         [c for c in COMPONENTS if (folder / c).is_dir()] if (folder / "model_index.json").exists() else [""]
     )
-    return {part: _component_files(folder / part) for part in parts}
+    return {part: component_files(folder / part) for part in parts}
 
 
-def _component_files(folder: Path) -> list[Path]:
+def component_files(folder: Path) -> list[Path]:
+    """The safetensors files of one component: the shards of its index, or its one file."""
     found = sorted(folder.glob("*.safetensors"))
-    main = [f for f in found if ".fp16." not in f.name and ".non_ema." not in f.name] or found
+    main = [f for f in found if not re.search(r"\.(fp16|non_ema)[.-]", f.name)] or found
     for index in sorted(folder.glob("*.safetensors.index.json")):
         if ".fp16." not in index.name:
             try:
@@ -241,7 +243,7 @@ def _component_files(folder: Path) -> list[Path]:
                 "convert the model to safetensors."
             )
         raise RequestError(f"{folder} holds no .safetensors file; the model is not complete.")
-    return main[:1] if len(main) > 1 and any(f.name in _SINGLES for f in main) else main
+    return [f for f in main if f.name in _SINGLES][:1] or main
 
 
 _SINGLES = (
@@ -307,13 +309,22 @@ def fingerprint(folder: Path) -> str:
     return _FINGERPRINTS[stamp]
 
 
-def stored_bytes(folder: Path) -> int:
-    """Bytes of all weights files, after checking that none is broken."""
+_SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
+
+
+def loaded_bytes(folder: Path, dtype: str = "float32") -> int:
+    """Bytes of all weights once they are loaded as `dtype`, after checking that no file is broken."""
+    size = 4 if dtype == "float32" else 2
     total = 0
     for files in weight_files(folder).values():
         for file in files:
-            total += sum(last - first for *_, first, last in tensors_of(file))
+            for _, stored, _, first, last in tensors_of(file):
+                floating = stored in ("F64", "F32", "F16", "BF16")
+                total += (last - first) // _SIZES.get(stored, 1) * size if floating else last - first
     return total
+
+
+_LOADING_FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 
 
 def load_diffusion(source: Source, device: str, dtype: Any) -> Any:
@@ -321,10 +332,11 @@ def load_diffusion(source: Source, device: str, dtype: Any) -> Any:
     import diffusers
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     from studio.models.diffusion import DiffusionModel
 
-    stored_bytes(source.path)
+    loaded_bytes(source.path)
     options: dict[str, Any] = {
         "dtype": dtype,
         "use_safetensors": True,
@@ -342,7 +354,7 @@ def load_diffusion(source: Source, device: str, dtype: Any) -> Any:
         transformers.utils.logging.disable_progress_bar()
         pipe = diffusers.DiffusionPipeline.from_pretrained(source.path, **options)
         pipe.to(torch.device(device))
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
             raise
         first = " ".join(str(error).split())[:160]

@@ -68,10 +68,10 @@ def new_scheduler(model: DiffusionModel, plan: Plan):
     import diffusers
 
     cls = getattr(diffusers, SCHEDULERS[plan.scheduler])
-    config = dict(model.pipe.scheduler.config)
-    if plan.scheduler in ("ddim", "lcm"):
-        config["clip_sample"] = False  # DDIM's default of True clips latents when the configuration is silent
-    scheduler = cls.from_config(config)
+    # DDIM's default of True clips latents when the configuration is silent; a key of the configuration would
+    # not do, from_config drops those that were defaults
+    clips = {"clip_sample": False} if plan.scheduler in ("ddim", "lcm") else {}
+    scheduler = cls.from_config(model.pipe.scheduler.config, **clips)
     try:
         scheduler.set_timesteps(plan.steps, device=model.device)
     except ValueError as error:

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from studio.errors import StudioError
-from studio.models.loading import Source, parameter_bytes, stored_bytes
+from studio.models.loading import Source, parameter_bytes, loaded_bytes
 
 
 class ClipModel:
@@ -21,7 +21,7 @@ class ClipModel:
     provides = frozenset({"clip"})
 
     def __init__(self, source: Source, device: str, dtype: torch.dtype = torch.float32) -> None:
-        stored_bytes(source.path)
+        loaded_bytes(source.path)
         self.source, self.device = source, torch.device(device)
         try:
             self.net, self._pixels, self._ids = (
@@ -123,7 +123,11 @@ def _open_clip(source: Source) -> tuple:
 def _transformers(source: Source) -> tuple:
     from transformers import AutoModel, AutoProcessor
 
-    net = AutoModel.from_pretrained(source.path, use_safetensors=True, local_files_only=True)
+    net, info = AutoModel.from_pretrained(
+        source.path, use_safetensors=True, local_files_only=True, output_loading_info=True
+    )
+    if lacking := sorted(info["missing_keys"]):  # transformers fills them with random numbers
+        raise ValueError(f"the weights lack {lacking[0]}")
     processor = AutoProcessor.from_pretrained(source.path, local_files_only=True)
 
     def pixels(image: Image.Image) -> torch.Tensor:

@@ -1,0 +1,30 @@
+"""Fixtures of all tests: a home of their own, one session on the CPU, the embedded model in it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+os.environ["LOCUS_HOME"] = tempfile.mkdtemp(prefix="locus-tests-")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A session on the CPU whose store is a temporary folder."""
+    from studio.session import Session
+
+    opened = Session(runs=tmp_path_factory.mktemp("runs"), device="cpu", threads=1)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="session")
+def atlas(session: Any) -> Any:
+    """The embedded text-to-image model, loaded."""
+    return session.model("atlas-sd", "diffusion")

@@ -1,0 +1,140 @@
+"""Figures as files that other programs can open, with the recipe inside, and numbers as a table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from studio import figures
+from studio.types import Axis, Figure, Trace
+
+RECIPE = {"method": "generate", "inputs": {"prompt": 'a "red" <star> & größer'}}
+
+
+def heat(**changes: Any) -> Figure:
+    """Two rows by two columns, one cell missing."""
+    data = {"rows": ["a", "b"], "cols": ["0", "1"], "values": np.array([[1.0, math.nan], [-2.0, 0.0]])}
+    return Figure("heat", data | {"unit": "cosine"} | changes, title="a map")
+
+
+def strip() -> Figure:
+    """Rows of one and of two images."""
+    red, blue = (np.tile(np.array(c, np.uint8), (4, 4, 1)) for c in ((255, 0, 0), (0, 0, 255)))
+    data = {"images": [[red], [blue, red]], "rows": ["one", "two"], "cols": ["seed 0", "seed 1"]}
+    return Figure("strip", data, title="a strip")
+
+
+def pixels(figure: Figure) -> set[tuple[int, ...]]:
+    """The colours of the figure's PNG."""
+    with Image.open(io.BytesIO(figures.to_bytes(figure, "png"))) as opened:
+        return {c for _, c in opened.convert("RGB").getcolors(1 << 24)}
+
+
+def rgb(colour: str) -> tuple[int, ...]:
+    """#rrggbb as numbers."""
+    return tuple(bytes.fromhex(colour[1:]))
+
+
+@pytest.mark.parametrize("figure", [heat(), strip()], ids=lambda f: f.kind)
+def test_files_are_what_they_say(figure: Figure, tmp_path: Path) -> None:
+    figures.save(figure, tmp_path, RECIPE)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["figure.pdf", "figure.png", "figure.svg"]
+    assert ElementTree.parse(tmp_path / "figure.svg").getroot().tag.endswith("svg")
+    with Image.open(tmp_path / "figure.png") as opened:
+        opened.load()
+        assert opened.format == "PNG" and opened.width > 100
+    pdf = (tmp_path / "figure.pdf").read_bytes()
+    assert pdf.startswith(b"%PDF-") and pdf.rstrip().endswith(b"%%EOF")
+
+
+def test_png_and_svg_carry_the_recipe() -> None:
+    with Image.open(io.BytesIO(figures.to_bytes(heat(), "png", RECIPE))) as opened:
+        assert json.loads(opened.info["Description"]) == RECIPE
+    root = ElementTree.fromstring(figures.to_bytes(heat(), "svg", RECIPE))
+    notes = [e.text for e in root.iter() if e.tag.endswith("}description")]
+    assert [json.loads(n) for n in notes] == [RECIPE]
+
+
+@pytest.mark.parametrize("kind", figures.FORMATS)
+def test_the_same_figure_has_the_same_bytes(kind: str) -> None:
+    assert figures.to_bytes(heat(), kind, RECIPE) == figures.to_bytes(heat(), kind, RECIPE)
+
+
+@pytest.mark.parametrize(
+    "text", ["\x07 bell \x1b", "<b>&--]]>", "$x_{", "日本語 🦊", "word " * 4000, "x" * 20_000]
+)
+@pytest.mark.parametrize("kind", ["svg", "png"])
+def test_any_text_can_be_drawn(text: str, kind: str) -> None:
+    figure = heat(rows=[text, "b"], cols=[text, "1"], unit=text[:40], row_title=text[:40])
+    drawn = figures.to_bytes(Figure("heat", figure.data, title=text), kind, {"prompt": text})
+    if kind == "svg":
+        ElementTree.fromstring(drawn)
+    else:
+        Image.open(io.BytesIO(drawn)).verify()
+
+
+def test_cells_take_the_ends_of_the_palette_and_missing_ones_are_grey() -> None:
+    found = pixels(heat(values=np.array([[2.0, math.nan], [-2.0, 1.0]])))
+    assert {rgb(figures.POSITIVE), rgb(figures.NEGATIVE), rgb(figures.EMPTY)} <= found
+    assert rgb(figures.EMPTY) not in pixels(heat(values=np.array([[2.0, 0.0], [-2.0, 1.0]])))
+
+
+def test_a_map_of_nothing_but_nan() -> None:
+    assert rgb(figures.EMPTY) in pixels(heat(values=np.full((2, 2), math.nan)))
+
+
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [([1.0, -3.0, math.nan], 3.0), ([math.inf, 0.5], 0.5), ([math.nan], 1.0), ([0.0, 0.0], 1.0), ([], 1.0)],
+)
+def test_scale_limit(values: list[float], limit: float) -> None:
+    assert figures.scale_limit(np.array(values)) == limit
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.12345, "0.123"), (-1234.0, "-1.23e+03"), (math.nan, "–"), (0.0, "0")]
+)
+def test_number(value: float, text: str) -> None:
+    assert figures.number(value) == text
+
+
+def table(arrays: dict[str, Trace]) -> list[list[str]]:
+    """The CSV's rows below its head."""
+    head, *rows = csv.reader(io.StringIO(figures.to_csv(arrays)))
+    assert head == ["array", "place", "value", "unit"]
+    return rows
+
+
+def test_csv_names_every_number() -> None:
+    axes = (Axis("seed", ("0", "7")), Axis("layer", ("a,b", 'c"d')))
+    values = np.array([[0.1, math.nan], [-2.0, 1e-9]], np.float32)
+    arrays = {
+        "effect": Trace(values, axes, "cosine"),
+        "clean": Trace(np.array(0.5, np.float32), (), "cosine"),
+        "images": Trace(np.zeros(2, np.uint8), (Axis("pixel", ("0", "1")),), "RGB"),
+    }
+    assert table(arrays) == [
+        ["effect", "seed=0; layer=a,b", "0.100000001", "cosine"],
+        ["effect", 'seed=0; layer=c"d', "nan", "cosine"],
+        ["effect", "seed=7; layer=a,b", "-2", "cosine"],
+        ["effect", 'seed=7; layer=c"d', "9.99999972e-10", "cosine"],
+        ["clean", "", "0.5", "cosine"],
+    ]
+
+
+@pytest.mark.parametrize("start", ["=", "+", "-", "@"])
+def test_a_spreadsheet_takes_no_text_for_a_formula(start: str) -> None:
+    bad = start + "HYPERLINK(1)"
+    row = table({bad: Trace(np.array([1.0]), (Axis(bad, ("x",)),), bad)})[0]
+    assert row == ["'" + bad, f"'{bad}=x", "1", "'" + bad]
+    harmless = table({"a": Trace(np.array([1.0]), (Axis("word", (bad,)),))})[0]
+    assert harmless[1] == f"word={bad}"
