@@ -21,7 +21,7 @@ from studio.edits import edit_hash, overlay, read_edit
 from studio.errors import Cancelled, RequestError, StudioError
 from studio.jobs import Job, JobQueue
 from studio.models.catalog import DEFAULT_SCORER
-from studio.models.loading import Source, home, load_diffusion, locate, loaded_bytes
+from studio.models.loading import Source, home, load_diffusion, loaded_bytes, locate
 from studio.registry import Method, find_method, parse, plain
 from studio.store import Store, write_run
 from studio.types import Recipe, Result, Run

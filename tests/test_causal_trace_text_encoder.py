@@ -1,4 +1,5 @@
-"""The text-encoder trace: its arrays, its algebra, one image for each distinct embedding, planted plumbing, the lens."""
+"""The text-encoder trace: its arrays, its algebra, one image for each distinct embedding, planted plumbing,
+the lens."""
 
 from __future__ import annotations
 
@@ -53,7 +54,8 @@ def test_words_before_the_subject_have_no_effect(run: Any) -> None:
 
 
 def test_no_more_images_than_distinct_embeddings(run: Any) -> None:
-    """Per seed: clean, corrupted, and 2 kinds x 6 layers x 4 reachable tokens, less the cells that coincide by algebra:
+    """Per seed: clean, corrupted, and 2 kinds x 6 layers x 4 reachable tokens, less the cells that coincide
+    by algebra:
     after the subject, restoring attention in layer 0 is restoring the hidden state there (2 cells)."""
     assert run.result.values["distinct_embeddings"] == 2 + 2 * 6 * 4 - 2
 
@@ -74,7 +76,8 @@ def test_without_noise_nothing_has_an_effect(session: Any) -> None:
 
 
 def test_the_only_mixing_layer_is_found_for_each_layer(atlas: Any) -> None:
-    """One layer mixes tokens: restoring its attention after the subject gives the clean states there; no other matters."""
+    """One layer mixes tokens: restoring its attention after the subject gives the clean states there; no
+    other matters."""
     layers = text_layers(atlas.encoders["text"])
     weights = [layer.self_attn.out_proj.weight for layer in layers]
     after = tuple(range(6, 32))

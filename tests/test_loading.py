@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from studio.errors import RequestError, StudioError
 from studio.models.catalog import CATALOG
-from studio.models.loading import COMPONENTS, fingerprint, identify, locate, loaded_bytes
+from studio.models.loading import COMPONENTS, fingerprint, identify, loaded_bytes, locate
 from studio.models.sampling import Plan, denoise
 from studio.session import Session
 from tests import layouts

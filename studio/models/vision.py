@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from studio.errors import StudioError
-from studio.models.loading import Source, parameter_bytes, loaded_bytes
+from studio.models.loading import Source, loaded_bytes, parameter_bytes
 
 
 class ClipModel:

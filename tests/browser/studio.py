@@ -1,4 +1,5 @@
-"""A studio on a free port and a real Chromium in front of it; every request to another host is recorded and refused."""
+"""A studio on a free port and a real Chromium in front of it; every request to another host is recorded and
+refused."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ from typing import Any
 
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync"]  # fmt: skip
-ADVICE = "no browser found: install Debian's `chromium`, or run `playwright install chromium`, or set LOCUS_CHROMIUM"
+ADVICE = (
+    "no browser found: install Debian's `chromium`, or run `playwright install chromium`, or set "
+    "LOCUS_CHROMIUM"
+)
 
 
 def find_chromium() -> str | None:

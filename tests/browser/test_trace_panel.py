@@ -218,7 +218,8 @@ def test_shortcuts(visit: Visit) -> None:
 
 
 def test_page_and_first_cells_come_quickly(chromium: Any, studio: str) -> None:
-    """Generous bounds for a busy machine; the measured times are printed (3 s and 2 s are asked for on quiet cores)."""
+    """Generous bounds for a busy machine; the measured times are printed (3 s and 2 s are asked for on
+    quiet cores)."""
     opened = Visit(chromium, studio)
     begun = time.monotonic()
     page = opened.open()
