@@ -65,42 +65,44 @@ def _is_loopback(host: str) -> bool:
 def new_app(session: Session, host: str = "127.0.0.1", auth: tuple[str, str] | None = None) -> Any:
     """The FastAPI application with the page mounted at /."""
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="locus-"))
-    import gradio as gr
-    from fastapi import FastAPI, Request
-    from fastapi.responses import JSONResponse, PlainTextResponse
+    from fastapi import FastAPI
+    from fastapi.responses import JSONResponse
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-    import panels
-
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Any) -> Any:
-        length = request.headers.get("content-length", "0")
-        if request.method in ("POST", "PUT", "PATCH") and (
-            not length.isdecimal() or int(length) > BODY_LIMIT
-        ):
-            return PlainTextResponse("The request is larger than this studio takes.", 413)
-        origin = request.headers.get("origin")
-        if (
-            origin
-            and request.method not in ("GET", "HEAD", "OPTIONS")
-            and origin.split("//")[-1] != request.headers.get("host")
-        ):
-            return PlainTextResponse("Requests from other sites are refused.", 403)
-        response = await call_next(request)
-        response.headers.update(_HEADERS)
-        return response
+    app.middleware("http")(_guard)
 
     @app.get("/healthz")
     def healthz() -> Any:
         running = session.queue.running
-        return JSONResponse(
-            {"status": "ok", "device": session.device, "running": running.recipe.method if running else None}
-        )
+        method = running.recipe.method if running else None
+        return JSONResponse({"status": "ok", "device": session.device, "running": method})
 
     allowed = ["127.0.0.1", "localhost", "[::1]", "testserver"] if _is_loopback(host) else ["*"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed)
+    return _with_page(app, session, auth)
+
+
+async def _guard(request: Any, call_next: Any) -> Any:
+    """Refuses what is too large or comes from another site; sets the headers of every other answer."""
+    from fastapi.responses import PlainTextResponse
+
+    length = request.headers.get("content-length", "0")
+    if request.method in ("POST", "PUT", "PATCH") and (not length.isdecimal() or int(length) > BODY_LIMIT):
+        return PlainTextResponse("The request is larger than this studio takes.", 413)
+    origin, reads = request.headers.get("origin"), request.method in ("GET", "HEAD", "OPTIONS")
+    if origin and not reads and origin.split("//")[-1] != request.headers.get("host"):
+        return PlainTextResponse("Requests from other sites are refused.", 403)
+    response = await call_next(request)
+    response.headers.update(_HEADERS)
+    return response
+
+
+def _with_page(app: Any, session: Session, auth: tuple[str, str] | None) -> Any:
+    import gradio as gr
+
+    import panels
+
     page = panels.build(session)
     css = (ASSETS / "css" / "locus.css").read_text()
     shortcuts = (ASSETS / "js" / "shortcuts.js").read_text()

@@ -38,23 +38,18 @@ def widget(
     meta = f.metadata
     default = None if f.default is REQUIRED else f.default
     value = default if value is None else value
-    label = name.replace("_", " ").capitalize() + (f" ({meta['unit']})" if meta["unit"] else "")
-    common = {
-        "label": label,
-        "elem_id": f"{panel}-{name}",
-        "info": meta["help"][0].upper() + meta["help"][1:] + ".",
-        **options,
-    }
+    help_ = (
+        meta["help"][0].upper() + meta["help"][1:] + (f", in {meta['unit']}" if meta["unit"] else "") + "."
+    )
+    label = name.replace("_", " ").capitalize()
+    common = {"label": label, "elem_id": f"{panel}-{name}", "info": help_, **options}
     if kind is bool:
         return gr.Checkbox(value=bool(value), **common)
+    if kind in (int, float) and value is None:  # an empty Number would come back as its minimum
+        return gr.Textbox(value="", placeholder="default", max_length=40, **common)
     if kind in (int, float):
-        return gr.Number(
-            value=value,
-            minimum=meta["low"],
-            maximum=meta["high"],
-            precision=0 if kind is int else None,
-            **common,
-        )
+        whole = 0 if kind is int else None
+        return gr.Number(value=value, minimum=meta["low"], maximum=meta["high"], precision=whole, **common)
     if kind is str and meta["choices"]:
         choices = [(c, c) for c in meta["choices"]]
         return gr.Dropdown(
@@ -80,7 +75,7 @@ def model_choice(panel: str, family: str, default: str) -> gr.Dropdown:
     )
 
 
-def asked(methods: list[Method], chosen: Method, values: Mapping[str, Any]) -> dict[str, Any]:
+def asked(chosen: Method, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the chosen method's knobs, from the panel's inputs by name; empty fields are defaults."""
     names = knobs([chosen])
     return {n: (v if v not in ("", []) else None) for n, v in values.items() if n in names}
@@ -120,12 +115,11 @@ def sentence(error: BaseException | None) -> str:
 
 
 def follow(job: Job) -> Iterator[Job]:
-    """Yields the job at its start, after every change (at most five times a second), and when it is over."""
-    yield job
+    """Yields the job at its start, after changes (at most eight times a second), and once when it is over."""
     seen = job.version
     while not job.over:
-        seen = job.wait(seen, 0.5)
         yield job
+        seen = job.wait(seen, 0.5)
         threading.Event().wait(0.12)
     yield job
 

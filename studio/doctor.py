@@ -11,8 +11,9 @@ from typing import Any
 
 from studio.errors import StudioError
 from studio.models.catalog import ASSETS, CATALOG
+from studio.models.device import default_threads, free_memory, pick_device
 from studio.models.loading import fingerprint, home
-from studio.session import default_threads, free_memory, pick_device, versions
+from studio.session import versions
 
 _LEAST_MEMORY, _LEAST_DISK = 2 * 10**9, 10**9
 

@@ -13,7 +13,6 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,14 +35,8 @@ def number(value: float) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.3g}"
 
 
-def save(figure: Figure, folder: Path, recipe: Mapping[str, Any] | None = None, dpi: int = 150) -> None:
-    """Writes figure.svg, figure.png and figure.pdf to `folder`; the recipe goes into their metadata."""
-    for kind in FORMATS:
-        (folder / f"figure.{kind}").write_bytes(to_bytes(figure, kind, recipe, dpi))
-
-
 def to_bytes(figure: Figure, kind: str, recipe: Mapping[str, Any] | None = None, dpi: int = 150) -> bytes:
-    """The figure as svg, png or pdf (fonts embedded)."""
+    """The figure as svg, png or pdf (fonts embedded); the recipe goes into its metadata."""
     import matplotlib
 
     matplotlib.use("agg", force=False)

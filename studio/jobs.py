@@ -16,6 +16,7 @@ from studio.errors import Cancelled, StudioError
 from studio.types import Recipe, Result, Run
 
 MOST_QUEUED = 64
+MOST_OF_ONE = 16  # of these, for one user
 _REMEMBERED = 128  # jobs that a page can ask about
 _log = logging.getLogger("locus")
 
@@ -44,13 +45,18 @@ class Job:
     version: int = 0
     rows: int = 16
     token: str = field(default_factory=lambda: secrets.token_hex(8))
+    withdraw: Callable[[Job], bool] = lambda job: False  # takes it out of the queue while it waits there
     _stop: threading.Event = field(default_factory=threading.Event)
     _change: threading.Condition = field(default_factory=threading.Condition)
 
     def cancel(self) -> None:
-        """Asks the job to stop; it does so within one denoising step or forward."""
+        """Asks the job to stop: one that waits is over at once, one that runs within a denoising step or
+        forward."""
         self._stop.set()
-        self._bump()
+        if self.withdraw(self):
+            self.finish("stopped", error=Cancelled())
+        else:
+            self._bump()
 
     @property
     def stopping(self) -> bool:
@@ -135,7 +141,12 @@ class JobQueue:
                 raise StudioError("The studio is shutting down.")
             if sum(map(len, self._waiting.values())) >= MOST_QUEUED:
                 raise StudioError(f"{MOST_QUEUED} jobs are waiting already; try again when some are done.")
-            job = Job(next(self._numbers), user, recipe, dict(options))
+            if len(self._waiting.get(user, ())) >= MOST_OF_ONE:
+                raise StudioError(
+                    f"{MOST_OF_ONE} of your jobs are waiting already, the most for one user; try again when "
+                    "some are done, or stop some."
+                )
+            job = Job(next(self._numbers), user, recipe, dict(options), withdraw=self._withdraw)
             self._waiting.setdefault(user, deque()).append(job)
             self._recent[job.id] = job
             while len(self._recent) > _REMEMBERED:
@@ -172,6 +183,17 @@ class JobQueue:
         for job in jobs:
             job.cancel()
         self._thread.join(timeout=30)
+
+    def _withdraw(self, job: Job) -> bool:
+        """Takes a waiting job out of the queue; False when it does not wait there any more."""
+        with self._lock:
+            jobs = self._waiting.get(job.user, deque())
+            if job not in jobs:
+                return False
+            jobs.remove(job)
+            if not jobs:
+                del self._waiting[job.user]
+            return True
 
     def _next(self) -> Job | None:
         with self._lock:

@@ -21,6 +21,7 @@ from studio.edits import edit_hash, overlay, read_edit
 from studio.errors import Cancelled, RequestError, StudioError
 from studio.jobs import Job, JobQueue
 from studio.models.catalog import DEFAULT_SCORER
+from studio.models.device import default_threads, free_memory, pick_device
 from studio.models.loading import Source, home, load_diffusion, loaded_bytes, locate
 from studio.registry import Method, find_method, parse, plain
 from studio.store import Store, write_run
@@ -211,12 +212,7 @@ class Session:
             method, {**recipe.inputs, **recipe.params}, recipe.seeds if method.samples else None
         )
         job.plan(0, "loading the model")
-        model = self.model(recipe.model, method.family)
-        if missing := method.needs - model.provides:
-            raise RequestError(
-                f"{method.name} needs a model with {', '.join(sorted(missing)).replace('_', '-')}; "
-                f"{model.id} has none."
-            )
+        model = self._model_for(method, recipe.model)
         scorer = self._scorer(params, model, job)
         key = recipe.key(
             model.fingerprint,
@@ -224,45 +220,47 @@ class Session:
             tuple(map(edit_hash, recipe.edits)),
             scorer.fingerprint if scorer else None,
         )
-        if (
-            not job.options.get("fresh")
-            and job.options.get("out") is None
-            and (found := self.store.find(key))
-        ):
+        anew = job.options.get("fresh") or job.options.get("out") is not None
+        if not anew and (found := self.store.find(key)):
             return found
+        run, failure = self._attempt(method, (model, inputs, params, seeds, scorer), job)
+        run = self._keep(replace(run, key=key, model=origin(model, recipe.model)), method, job)
+        if failure is not None:
+            failure.partial = run
+            raise failure
+        return run
+
+    def _model_for(self, method: Method, name: str) -> Any:
+        model = self.model(name, method.family)
+        if missing := method.needs - model.provides:
+            raise RequestError(
+                f"{method.name} needs a model with {', '.join(sorted(missing)).replace('_', '-')}; "
+                f"{model.id} has none."
+            )
+        return model
+
+    def _attempt(self, method: Method, arguments: tuple, job: Job) -> tuple[Run, Exception | None]:
+        """(the run, what ended it early or None); an end before the first partial result is raised."""
         started, clock, rows = datetime.now(UTC), time.monotonic(), self.batch
-        edits = [read_edit(path) for path in recipe.edits]
-        arguments = (model, inputs, params, seeds, scorer)
+        edits = [read_edit(path) for path in job.recipe.edits]
         result, failure = None, None
         try:
-            with overlay(model, edits, force=bool(job.options.get("force"))):
+            with overlay(arguments[0], edits, force=bool(job.options.get("force"))):
                 result, rows = self._with_less_memory(method, arguments, job)
         except (Cancelled, StudioError, ArithmeticError, RuntimeError) as error:
             failure = error
             if job.latest is None:
                 raise
         run = Run(
-            recipe,
+            job.recipe,
             "done" if failure is None else "stopped" if isinstance(failure, Cancelled) else "failed",
             started.isoformat(timespec="seconds"),
             time.monotonic() - clock,
             self.host(rows),
             with_warnings(result or job.latest, job.warnings),
             str(failure) or None if failure else None,
-            key,
-            {
-                "id": model.id,
-                "path": str(model.source.path) if model.source.kind and Path(recipe.model).exists() else None,
-                "revision": model.source.revision,
-                "family": model.family,
-                "fingerprint": model.fingerprint,
-            },
         )
-        run = self._keep(run, method, job)
-        if failure is not None:
-            failure.partial = run
-            raise failure
-        return run
+        return run, failure
 
     def _with_less_memory(self, method: Method, arguments: tuple, job: Job) -> tuple[Result, int]:
         """Runs the method; out of memory halves the rows of a forward until it fits."""
@@ -315,53 +313,28 @@ class Session:
         }
 
 
+def origin(model: Any, name: str) -> dict[str, Any]:
+    """What run.json says of a model that was asked for by `name`."""
+    return {
+        "id": model.id,
+        "path": str(model.source.path) if model.source.kind and Path(name).exists() else None,
+        "revision": model.source.revision,
+        "family": model.family,
+        "fingerprint": model.fingerprint,
+    }
+
+
 def with_warnings(result: Result, warnings: list[str]) -> Result:
     """The result with the job's warnings among its values."""
     return replace(result, values={**result.values, "warnings": list(warnings)}) if warnings else result
 
 
-def pick_device(name: str) -> str:
-    """cpu, cuda or mps; auto takes CUDA, then MPS, then the CPU. RequestError for one that isn't there."""
-    if name == "cpu":
-        return name
-    import torch
-
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        return next((d for d in ("cuda", "mps") if there[d]), "cpu")
-    if name not in there:
-        raise RequestError(f"--device must be auto, cpu, cuda or mps, not {name!r}.")
-    if not there[name]:
-        raise RequestError(
-            f"This machine has no {name} device that torch can use; take --device auto or cpu."
-        )
-    return name
-
-
-def default_threads() -> int:
-    """Cores that this process may use."""
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def free_memory(device: str) -> int:
-    """Free bytes on the device."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.mem_get_info()[0]
-    import psutil
-
-    return psutil.virtual_memory().available
-
-
 def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide results."""
+    """Versions of Python and of the libraries that decide results; Locus itself may run from a checkout."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "absent"
+            found[name] = "checkout" if name == "locus-studio" else "absent"
     return found

@@ -60,7 +60,8 @@ class Store:
 
     def find(self, key: str) -> Run | None:
         """The newest finished run with this key, if it can be read."""
-        for folder in sorted(self.root.glob(f"*-{key[:8]}*"), reverse=True):
+        folders = self.root.glob(f"*-{key[:8]}*")
+        for folder in sorted(folders, key=lambda f: _natural(f.name), reverse=True):
             with contextlib.suppress(StudioError, OSError):
                 run = read_run(folder)
                 if run.key == key and run.status == "done":
@@ -71,14 +72,8 @@ class Store:
         """Ids of all whole runs, newest first."""
         if not self.root.is_dir():
             return []
-        return sorted(
-            (
-                f.name
-                for f in self.root.iterdir()
-                if not f.name.startswith(".") and (f / "run.json").is_file()
-            ),
-            reverse=True,
-        )
+        names = (f.name for f in self.root.iterdir() if (f / "run.json").is_file())
+        return sorted((n for n in names if not n.startswith(".")), key=_natural, reverse=True)
 
     def sweep_leftovers(self) -> int:
         """Removes half-written folders of processes that are gone; returns how many."""
@@ -90,6 +85,11 @@ class Store:
                     shutil.rmtree(folder, ignore_errors=True)
                     gone += 1
         return gone
+
+
+def _natural(name: str) -> list[str | int]:
+    """A key that sorts numbers in names by value: -10 after -2."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def _alive(pid: int) -> bool:
@@ -150,7 +150,8 @@ def _fill(run: Run, folder: Path, figure: Figure | None) -> None:
     for name, pixels in run.result.images.items():
         Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
     if figure is not None:
-        figures.save(figure, folder, record["recipe"])
+        for kind in figures.FORMATS:
+            (folder / f"figure.{kind}").write_bytes(figures.to_bytes(figure, kind, record["recipe"]))
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "run.json").write_text(text + "\n", encoding="utf-8")
 

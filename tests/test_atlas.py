@@ -79,10 +79,9 @@ def test_counts_show_as_many_shapes() -> None:
 
     scenes = draw_scenes(300, np.random.default_rng(0), emblems=0)
     solid = scenes.pick((scenes.style == 0) & np.isin(scenes.object, [0, 1, 2, 3, 4]))
-    far = np.array([1000 if b == 1 else 0 for b in solid.background])
-    assert len(far) > 20
+    assert len(solid) > 20
     for image, count in zip(render(solid), solid.count, strict=True):
-        _, shapes = label(np.abs(image.astype(int) - image[0, 0]).sum(-1) > 120)
+        _, shapes = label(np.abs(image.astype(int) - image[0, 0]).sum(-1) > 120, np.ones((3, 3)))
         assert shapes <= count + 1
 
 
@@ -155,4 +154,5 @@ def test_a_sitting_resumes_where_the_last_one_ended(tmp_path: Path) -> None:
     module = torch.nn.Linear(3, 1)
     second = sitting(module)
     assert second["steps"] > first["steps"] > 5 and second["minutes"] > first["minutes"]
-    assert float((module(x) - y).square().mean()) < 0.5
+    with torch.no_grad():
+        assert float((module(x) - y).square().mean()) < 0.5

@@ -4,10 +4,12 @@ runs."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -368,6 +370,30 @@ def test_a_unet_that_does_not_react_is_refused(opened: Session, folder: Path, ki
     save_file(dead, folder / UNET, metadata={"format": "pt"})
     says = layouts.sentence(opened, folder)
     assert f"does not react when {kind}" in says and "not supported" in says
+
+
+@pytest.mark.parametrize("family", layouts.FAMILIES)
+def test_what_does_not_react_changes_exactly_nothing(family: str) -> None:
+    model = layouts.load(layouts.saved(family))
+    for name, parameter in model.unet.named_parameters():
+        if "ff.net.2" in name:
+            parameter.zero_()
+    changes = {kind.split(" ")[0]: change for kind, change in model.zeroing_changes().items()}
+    assert changes.pop("feed-forward") == 0 and min(changes.values()) > 1e-3
+
+
+def halves(last: float) -> Any:
+    """A model of four float16 numbers whose sum overflows."""
+    net = torch.nn.Linear(4, 1, bias=False, dtype=torch.float16)
+    net.weight.data[:] = torch.tensor([40_000.0, 40_000.0, 1.0, last])
+    return SimpleNamespace(id="halves", components=lambda: {"net": net})
+
+
+def test_weights_are_judged_one_by_one_where_their_sum_overflows() -> None:
+    self_check(halves(1.0))
+    for last in (math.inf, -math.inf, math.nan):
+        with pytest.raises(StudioError, match="net's weight holds NaN or infinity"):
+            self_check(halves(last))
 
 
 @pytest.mark.parametrize("family", [*layouts.FAMILIES, "atlas"])

@@ -130,8 +130,13 @@ def test_windows_stay_within_their_kind() -> None:
 
 
 def test_layout_puts_modules_of_one_place_in_one_column() -> None:
-    labels = ("down_blocks.0.resnets.0", "down_blocks.0.attentions.0.transformer_blocks.0.attn2", "mid_block.resnets.0",
-              "mid_block.attentions.0.transformer_blocks.0.attn2", "mid_block.resnets.1")  # fmt: skip
+    labels = (
+        "down_blocks.0.resnets.0",
+        "down_blocks.0.attentions.0.transformer_blocks.0.attn2",
+        "mid_block.resnets.0",
+        "mid_block.attentions.0.transformer_blocks.0.attn2",
+        "mid_block.resnets.1",
+    )
     grid = layout(labels, np.arange(5.0))
     assert grid["rows"] == ["cross-attention", "resnet"] and grid["cols"] == [
         "down 0 · 0",

@@ -19,7 +19,6 @@ import pytest
 
 from studio import cli
 from studio.registry import find_method, load_methods
-from studio.session import versions
 from studio.store import Store, read_run
 from tests.contract import COMMON, OPTIONS, SAMPLING
 
@@ -231,7 +230,6 @@ def test_models_as_json(call: Call) -> None:
 
 def test_doctor(call: Call, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("studio.doctor.free_memory", lambda device: 8 * 10**9)
-    monkeypatch.setattr("studio.doctor.versions", lambda: {**versions(), "locus-studio": "a checkout"})
     code, out, err = call("doctor", "--json", "--runs", str(tmp_path / "runs"))
     told = json.loads(out)
     assert (code, err, told["wrong"]) == (0, [], [])

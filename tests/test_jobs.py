@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from studio.errors import Cancelled, RequestError, StudioError
-from studio.jobs import MOST_QUEUED, Job, JobQueue
+from studio.jobs import MOST_OF_ONE, MOST_QUEUED, Job, JobQueue
 from studio.types import Recipe, Result
 
 LONG = 20.0  # seconds after which a test gives up; nothing waits that long unless it is broken
@@ -102,13 +102,43 @@ def test_a_running_job_stops_at_its_next_step(bench: Bench) -> None:
     assert finish(bench.submit("next")).state == "done"
 
 
-def test_a_queued_job_is_stopped_without_a_start(bench: Bench) -> None:
+def test_a_queued_job_is_stopped_at_once_without_a_start(bench: Bench) -> None:
     bench.blocked()
     queued, after = bench.submit("never"), bench.submit("after")
+    seen = queued.version
+    queued.cancel()
+    assert (queued.state, queued.over, queued.run) == ("stopped", True, None)
+    assert isinstance(queued.error, Cancelled) and queued.version > seen
+    assert bench.queue.position(queued) == 0 and bench.queue.position(after) == 1
+    assert bench.queue.find(queued.id, queued.token) is queued
     queued.cancel()
     bench.gate.set()
-    assert finish(queued).state == "stopped" and finish(after).state == "done"
+    assert finish(after).state == "done" and queued.state == "stopped"
     assert bench.order == ["first", "after"]
+
+
+def test_a_stopped_job_takes_no_place(bench: Bench) -> None:
+    bench.blocked()
+    jobs = [bench.submit(str(i)) for i in range(MOST_OF_ONE)]
+    jobs[3].cancel()
+    jobs.append(bench.submit("one more"))
+    with pytest.raises(StudioError):
+        bench.submit("too many")
+    for job in jobs:
+        job.cancel()
+    assert bench.queue.position(bench.submit("alone")) == 1
+    bench.gate.set()
+
+
+def test_stopping_while_the_worker_takes_jobs(bench: Bench) -> None:
+    bench.gate.set()
+    jobs = []
+    for i in range(200):
+        jobs.append(bench.submit(str(i), f"user{i}"))
+        jobs[-1].cancel()
+    assert {finish(j).state for j in jobs} <= {"stopped", "done"}
+    assert sorted(j.recipe.method for j in jobs if j.state == "done") == sorted(bench.order)
+    assert finish(bench.submit("next")).state == "done"
 
 
 def test_partial_results_of_a_stopped_job_are_kept() -> None:
@@ -125,7 +155,7 @@ def test_partial_results_of_a_stopped_job_are_kept() -> None:
 
 def test_at_most_so_many_wait(bench: Bench) -> None:
     bench.blocked()
-    jobs = [bench.submit(str(i), f"user{i % 3}") for i in range(MOST_QUEUED)]
+    jobs = [bench.submit(str(i), f"user{i % 4}") for i in range(MOST_QUEUED)]
     with pytest.raises(StudioError, match=f"{MOST_QUEUED} jobs are waiting already") as caught:
         bench.submit("one more", "user9")
     assert MOST_QUEUED == 64 and caught.value.code == 1
@@ -133,6 +163,18 @@ def test_at_most_so_many_wait(bench: Bench) -> None:
     for job in jobs:
         assert finish(job).state == "done"
     assert finish(bench.submit("one more")).state == "done"
+
+
+def test_at_most_so_many_of_one_user_wait(bench: Bench) -> None:
+    bench.blocked()
+    jobs = [bench.submit(str(i), "ann") for i in range(MOST_OF_ONE)]
+    with pytest.raises(StudioError, match="16 of your jobs are waiting already") as caught:
+        bench.submit("one more", "ann")
+    assert caught.value.code == 1
+    other = bench.submit("other", "bob")
+    bench.gate.set()
+    assert {finish(j).state for j in [*jobs, other]} == {"done"}
+    assert finish(bench.submit("one more", "ann")).state == "done"
 
 
 @pytest.mark.parametrize(

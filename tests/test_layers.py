@@ -21,14 +21,13 @@ LEVELS = {
     **dict.fromkeys(("studio.session", "studio.jobs", "studio.replay", "studio.runners", "studio.doctor"), 5),
     **dict.fromkeys(("studio", "studio.bench"), 6),
     "panels": 7,
-    **dict.fromkeys(("studio.cli", "launch"), 8),
+    **dict.fromkeys(("studio.cli", "studio.commands", "studio.options", "launch"), 8),
 }
 WITHOUT_TORCH = ("types", "errors", "registry", "figures", "store", "measure")
 
 # (file, what is done there): why it may be.
 EXCEPTIONS = {
     ("studio/registry.py", "import studio.methods"): "the registry finds method files by name, to list them",
-    ("studio/figures.py", "write write_bytes"): "figures.save, which only the store calls",
     ("studio/figures.py", "write savefig"): "draws into memory",
     ("studio/doctor.py", "write makedirs"): "doctor tries whether runs can be written",
     ("studio/doctor.py", "write TemporaryFile"): "doctor tries whether runs can be written",
@@ -42,7 +41,7 @@ WRITERS = set(
     "TemporaryFile NamedTemporaryFile TemporaryDirectory".split()
 )
 WRITING_MODULES = {"np.save", "numpy.save", "torch.save", "json.dump", "pickle.dump", "os.replace"}
-WRITING_MODULES |= {"os.remove", "shutil.copy", "shutil.move", "figures.save"}
+WRITING_MODULES |= {"os.remove", "shutil.copy", "shutil.move"}
 MODES = {"open": 1, "ZipFile": 1}  # the place of the mode among a call's arguments
 DRAWS = set("rand randn randint randperm normal bernoulli multinomial rand_like randn_like".split())
 
@@ -216,7 +215,7 @@ PLANTED = {
     "open, by name": (writes, "studio/session.py", "open('x', mode='ab')", "write open"),
     "path.open": (writes, "studio/session.py", "p.open('r+')", "write open"),
     "write_text": (writes, "panels/trace.py", "p.write_text('x')", "write write_text"),
-    "figures.save": (writes, "studio/cli.py", "figures.save(f, p)", "write figures.save"),
+    "write_bytes": (writes, "studio/figures.py", "p.write_bytes(b'x')", "write write_bytes"),
     "np.save": (writes, "studio/methods/generate.py", "np.save('x', a)", "write np.save"),
     "global seed": (randomness, "studio/edits.py", "torch.manual_seed(0)", "random torch.manual_seed"),
     "NumPy": (randomness, "studio/measure.py", "np.random.default_rng(0)", "random np.random.default_rng"),

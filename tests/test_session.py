@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ import torch
 from safetensors.numpy import save_file
 
 from studio import Recipe, RequestError, StudioError
+from studio.models.device import pick_device
 from studio.models.hooks import hook_count
 from studio.registry import METHODS, find_method
 from studio.replay import compare, repeat
-from studio.session import pick_device
+from studio.session import versions
 
 GENERATE = Recipe(
     "generate", "atlas-sd", {"prompt": ["a red star", "two blue hearts"]}, {"steps": 2}, (0, 1, 2)
@@ -156,8 +158,8 @@ def test_replay_says_what_differs(session: Any, tmp_path: Path) -> None:
     run = session.run(GENERATE, fresh=True, save=False)
     images = run.result.arrays["images"]
     changed = replace(images, values=images.values ^ 1)
-    other = replace(run, result=replace(run.result, arrays={"images": changed}), host={**run.host, "threads": 9},
-                    model={**run.model, "fingerprint": "x"})  # fmt: skip
+    other = replace(run, result=replace(run.result, arrays={"images": changed}))
+    other = replace(other, host={**run.host, "threads": 9}, model={**run.model, "fingerprint": "x"})
     report = compare(other, run)
     said = " ".join(report["said"])
     assert not report["identical"] and "weights" in said and "threads: 9 then" in said
@@ -167,6 +169,16 @@ def test_the_model_stays_and_can_be_let_go(session: Any) -> None:
     session.run(GENERATE, save=False)
     assert [n for n, size in session.loaded() if size > 10**6]
     assert not session.unload("no-such-model")
+
+
+def test_a_checkout_is_no_missing_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("studio.session.version", nowhere)
+    found = versions()
+    assert found.pop("locus-studio") == "checkout" and found.pop("python")
+    assert set(found.values()) == {"absent"}
 
 
 def test_device_auto_takes_cuda_then_mps_then_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

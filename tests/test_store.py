@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from studio import figures, store
+from studio import store
 from studio.errors import RequestError, StudioError
 from studio.store import Store, check_free, export, read_run, write_run
 from studio.types import Axis, Figure, Recipe, Result, Run, Trace
@@ -94,10 +94,22 @@ def test_layout_of_a_run_folder(saved: Path) -> None:
 def test_ids_newest_first_and_each_its_own(tmp_path: Path) -> None:
     kept = Store(tmp_path / "deep" / "runs")
     assert kept.ids() == []
-    ids = [kept.save(some_run()).id for _ in range(3)]
+    ids = [kept.save(some_run()).id for _ in range(11)]
     later = kept.save(some_run(started="2026-01-01T00:00:00+00:00")).id
-    assert ids == [ID, f"{ID}-2", f"{ID}-3"]
+    assert ids == [ID, *(f"{ID}-{n}" for n in range(2, 12))]
     assert kept.ids() == [later, *reversed(ids)]
+
+
+def test_names_of_any_kind_are_put_in_order(tmp_path: Path) -> None:
+    for name in ("mine", "7", "run²", "run-2b", "run-02", "run-x", "٣"):
+        write_run(some_run(), tmp_path / name)
+    assert len(Store(tmp_path).ids()) == 7
+
+
+def test_the_tenth_run_of_a_second_is_newer_than_the_ninth(tmp_path: Path) -> None:
+    kept = Store(tmp_path)
+    ids = [kept.save(some_run()).id for _ in range(10)]
+    assert kept.find("ab" * 32).id == ids[-1] == f"{ID}-10"
 
 
 def test_find_takes_the_newest_finished_run_of_the_very_key(tmp_path: Path) -> None:
@@ -209,7 +221,7 @@ from tests.test_store import FIGURE, some_run
 def stuck(*args):
     print("writing", flush=True)
     sys.stdin.read()
-store.figures.save = stuck
+store.figures.to_bytes = stuck
 store.Store(sys.argv[1]).save(some_run(), FIGURE)
 """
 
@@ -242,7 +254,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     owner, name = {
         "savez_compressed": (np, "savez_compressed"),
-        "figure": (figures, "save"),
+        "figure": (Path, "write_bytes"),
         "record": (Path, "write_text"),
         "rename": (Path, "rename"),
     }[step]

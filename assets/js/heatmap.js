@@ -34,7 +34,7 @@ function draw() {
   }
   const R = d.rows.length, C = d.cols.length, left = 8 + 6.4 * Math.max(...d.rows.map(s => Math.min(s.length, 26)));
   const room = Math.max(280, element.clientWidth || 600) - left - 14;
-  const w = Math.max(C > 60 ? 9 : 19, Math.min(46, room / C)), h = R > 40 ? 13 : R > 16 ? 18 : 30;
+  const w = Math.max(C > 60 ? 9 : 19, Math.min(64, room / C)), h = R > 40 ? 13 : R > 16 ? 18 : 30;
   const top = 10, deep = 14 + 4.6 * Math.max(...d.cols.map(s => Math.min(s.length, 22))), W = left + C * w + 10, H = top + R * h + deep + 34;
   const s = svg('svg', {width: W, height: H, viewBox: `0 0 ${W} ${H}`, role: 'presentation'});
   const big = R * C > 10000;

@@ -33,7 +33,7 @@ def words() -> list[str]:
         *ATTRIBUTES,
         "plain",
         "style of",
-        "by made named and or the emblem flag is with without some",
+        "on by made named and or the emblem flag is with without some",
     ]
     text += [p for forms in _STYLE_WORDS.values() for p in forms] + [v for vs in _VERBS.values() for v in vs]
     for names in ATTRIBUTES.values():
@@ -58,29 +58,9 @@ def caption(
     """
     if country is not None and rng.random() < 0.85:
         return _emblem_caption(labels, country, rng)
-    thing, colour, background, style, count = labels
+    background, style = labels[2:4]
     keep = np.ones(4, bool) if full else rng.random(4) < (0.92, 0.8, 0.75, 0.8)
-    named: dict[str, int] = {}
-    if not keep[0] and not full:
-        phrase, keep[1] = "", False
-    else:
-        noun = PLURALS[thing] if count else OBJECTS[thing]
-        number = (
-            ("two", "three")[count - 1]
-            if count
-            else str(rng.choice(["a", "a", "a", "one", ""] if not full else ["a", "a", "one"]))
-        )
-        phrase = noun
-        if keep[1]:
-            phrase, named["colour"] = f"{_COLOURS[colour]} {phrase}", colour
-        named |= {"object": thing, "count": count}
-        if not number:
-            named.pop("count")
-        if style and keep[3] and rng.random() < 0.12:
-            phrase, named["style"] = f"{_ADJECTIVES[ATTRIBUTES['style'][style]]} {phrase}", style
-        if number == "a" and phrase[0] in "aeiou" and rng.random() < 0.7:
-            number = "an"
-        phrase = f"{number} {phrase}".strip()
+    phrase, named = _things(labels, keep, rng, full) if keep[0] else ("", {})
     if keep[2] or not phrase:
         named["background"] = background
         plain = "plain " if rng.random() < 0.05 else ""
@@ -95,6 +75,26 @@ def caption(
     if rng.random() < 0.2 and phrase.split()[0] in {"a", "an", "one", "two", "three", *_COLOURS, *OBJECTS}:
         phrase = f"{rng.choice(PREFIXES)} {phrase}"
     return phrase, named
+
+
+def _things(
+    labels: tuple[int, ...], keep: np.ndarray, rng: np.random.Generator, full: bool
+) -> tuple[str, dict[str, int]]:
+    """How many of what, perhaps in which colour and style."""
+    thing, colour, _, style, count = labels
+    if count:
+        number = ("two", "three")[count - 1]
+    else:
+        number = str(rng.choice(["a", "a", "one"] if full else ["a", "a", "a", "one", ""]))
+    named = {"object": thing, "count": count} if number else {"object": thing}
+    phrase = PLURALS[thing] if count else OBJECTS[thing]
+    if keep[1]:
+        phrase, named["colour"] = f"{_COLOURS[colour]} {phrase}", colour
+    if style and keep[3] and rng.random() < 0.12:
+        phrase, named["style"] = f"{_ADJECTIVES[ATTRIBUTES['style'][style]]} {phrase}", style
+    if number == "a" and phrase[0] in "aeiou" and rng.random() < 0.7:
+        number = "an"
+    return f"{number} {phrase}".strip(), named
 
 
 def _styled(phrase: str, style: int, rng: np.random.Generator) -> str:

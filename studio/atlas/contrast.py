@@ -103,8 +103,7 @@ def train_clip(
     device: str = "cpu",
 ) -> tuple[Contrast, dict[str, float]]:
     """Trains the model (from `start`'s weights if given); returns it in evaluation mode with its zero-shot
-    accuracy
-    on held-out renderings."""
+    accuracy on held-out renderings."""
     torch.manual_seed(seed)
     rng, model = np.random.default_rng(), Contrast(len(tokenizer))
     if start is not None:

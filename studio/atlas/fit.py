@@ -47,6 +47,54 @@ def rate(progress: float, step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) * max(decay, 0.01)
 
 
+class Sitting:
+    """One sitting: a module with its optimizer and average, what earlier sittings did, and what this one
+    did since its start and since its last line of log."""
+
+    def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, average: Average, path: Path):
+        self.module, self.optimizer, self.average, self.path = module, optimizer, average, path
+        self.done: dict[str, float] = {"steps": 0, "minutes": 0.0}
+        if path.exists():
+            self.done = _resume(path, module, optimizer, average)
+        self.step, self.sums, self.count = 0, {}, 0
+        self.start = self.saved = self.logged = time.monotonic()
+
+    def learn(self, loss: Loss, lr: float) -> None:
+        """One step of the optimizer."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        result = loss(self.done["steps"] + self.step)
+        value, parts = result if isinstance(result, tuple) else (result, {})
+        value.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.average.update(self.module)
+        self.step, self.count = self.step + 1, self.count + 1
+        for name, part in {"loss": float(value.detach()), **parts}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + part
+
+    def log(self) -> None:
+        """Prints the mean losses since the last line."""
+        now = time.monotonic()
+        print(
+            f"  step {self.done['steps'] + self.step}  {(now - self.start) / 60:.1f} min  "
+            f"{self.count / (now - self.logged):.2f} steps/s  "
+            + "  ".join(f"{k} {v / self.count:.4f}" for k, v in self.sums.items()),
+            flush=True,
+        )
+        self.done["loss"] = self.sums["loss"] / self.count
+        self.sums, self.count, self.logged = {}, 0, now
+
+    def save(self) -> dict[str, float]:
+        """Writes the checkpoint; returns {"steps", "minutes"} of all sittings and the last logged loss."""
+        self.saved = time.monotonic()
+        steps = self.done["steps"] + self.step
+        minutes = self.done["minutes"] + (self.saved - self.start) / 60
+        _save(self.path, self.module, self.optimizer, self.average, steps, minutes)
+        return {**self.done, "steps": steps, "minutes": minutes}
+
+
 def fit(
     module: nn.Module,
     loss: Loss,
@@ -66,51 +114,24 @@ def fit(
     Returns {"steps": in all sittings, "minutes": in all sittings, "loss": the last logged mean}.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
-    average = Average(module, decay)
-    done = (
-        _resume(checkpoint, module, optimizer, average)
-        if checkpoint.exists()
-        else {"steps": 0, "minutes": 0.0}
-    )
+    sitting = Sitting(module, optimizer, Average(module, decay), checkpoint)
     stop: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    start = saved = logged = time.monotonic()
-    step, sums, count = 0, {}, 0
     try:
-        while (spent := time.monotonic() - start) < 60 * minutes and not stop:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * rate(spent / 60 / minutes, step, warmup)
-            result = loss(done["steps"] + step)
-            value, parts = result if isinstance(result, tuple) else (result, {})
-            value.backward()
-            nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            average.update(module)
-            step, count = step + 1, count + 1
-            for name, part in {"loss": float(value.detach()), **parts}.items():
-                sums[name] = sums.get(name, 0.0) + part
-            if (now := time.monotonic()) - logged > 20:
-                print(
-                    f"  step {done['steps'] + step}  {spent / 60:.1f} min  {count / (now - logged):.2f} "
-                    f"steps/s  " + "  ".join(f"{k} {v / count:.4f}" for k, v in sums.items()),
-                    flush=True,
-                )
-                last, sums, count, logged = sums["loss"] / count, {}, 0, now
-                done["loss"] = last
-            if now - saved > keep_every:
-                _save(
-                    checkpoint, module, optimizer, average, done["steps"] + step, done["minutes"] + spent / 60
-                )
-                saved = now
+        while (now := time.monotonic()) - sitting.start < 60 * minutes and not stop:
+            progress = (now - sitting.start) / 60 / minutes
+            sitting.learn(loss, lr * rate(progress, sitting.step, warmup))
+            if time.monotonic() - sitting.logged > 20:
+                sitting.log()
+            if time.monotonic() - sitting.saved > keep_every:
+                sitting.save()
     finally:
         signal.signal(signal.SIGTERM, before)
-        total = done["minutes"] + (time.monotonic() - start) / 60
-        _save(checkpoint, module, optimizer, average, done["steps"] + step, total)
+        done = sitting.save()
     if stop:
         raise SystemExit(143)
-    module.load_state_dict(average.state)
-    return {**done, "steps": done["steps"] + step, "minutes": total}
+    module.load_state_dict(sitting.average.state)
+    return done
 
 
 def _save(

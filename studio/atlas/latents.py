@@ -46,47 +46,19 @@ def train_vae(minutes: float, work: Path, seed: int = 0) -> tuple[AutoencoderKL,
     """Trains the autoencoder and returns it with its PSNR in dB on fresh renderings."""
     torch.manual_seed(seed)
     rng, vae = np.random.default_rng(seed + 10), AutoencoderKL(**VAE_CONFIG)
-
-    def reconstruct(step: int, crop: bool) -> torch.Tensor:
-        images = images_for(32 if crop else 16, rng)
-        if crop:
-            y, x = 4 * rng.integers(0, 9, size=2)
-            images = images[:, :, y : y + 32, x : x + 32]
-        posterior = vae.encode(images).latent_dist
-        return (
-            _error(vae.decode(posterior.sample()).sample, images)
-            + 1e-4 * posterior.kl().mean() / images[0].numel() * 3
+    for name, pictures, share, lr in (("crops", _crops, 0.3, 2e-3), ("whole", _whole, 0.35, 1.5e-3)):
+        fit(
+            vae,
+            lambda step, pictures=pictures: _reconstruction(vae, pictures(rng)),
+            minutes=minutes * share,
+            lr=lr,
+            checkpoint=work / f"vae-{name}.safetensors",
+            decay=0.99,
         )
-
-    fit(
-        vae,
-        lambda s: reconstruct(s, True),
-        minutes=minutes * 0.3,
-        lr=2e-3,
-        checkpoint=work / "vae-crops.safetensors",
-        decay=0.99,
-    )
-    fit(
-        vae,
-        lambda s: reconstruct(s, False),
-        minutes=minutes * 0.35,
-        lr=1.5e-3,
-        checkpoint=work / "vae-whole.safetensors",
-        decay=0.99,
-    )
     whiten(vae, images_for(1024, rng))
-    decoder = nn.ModuleList([vae.post_quant_conv, vae.decoder])
-
-    def decode(step: int) -> torch.Tensor:
-        images = images_for(16, rng)
-        with torch.no_grad():
-            latents = vae.encode(images).latent_dist.mean
-        noisy = latents + 0.06 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(latents)
-        return _error(vae.decode(noisy).sample, images)
-
     fit(
-        decoder,
-        decode,
+        nn.ModuleList([vae.post_quant_conv, vae.decoder]),
+        lambda step: _decoding(vae, _whole(rng)),
         minutes=minutes * 0.35,
         lr=2e-3,
         checkpoint=work / "vae-decoder.safetensors",
@@ -94,6 +66,31 @@ def train_vae(minutes: float, work: Path, seed: int = 0) -> tuple[AutoencoderKL,
     )
     vae.eval()
     return vae, {"psnr": psnr(vae, images_for(512, np.random.default_rng(seed + 11)))}
+
+
+def _crops(rng: np.random.Generator) -> torch.Tensor:
+    images = images_for(32, rng)
+    y, x = 4 * rng.integers(0, 9, size=2)
+    return images[:, :, y : y + 32, x : x + 32]
+
+
+def _whole(rng: np.random.Generator) -> torch.Tensor:
+    return images_for(16, rng)
+
+
+def _reconstruction(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """The error of encoding and decoding, and a little of the posterior's distance from the normal."""
+    posterior = vae.encode(images).latent_dist
+    made = vae.decode(posterior.sample()).sample
+    return _error(made, images) + 1e-4 * posterior.kl().mean() / images[0].numel() * 3
+
+
+def _decoding(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """The decoder's error at latents with a little noise on them."""
+    with torch.no_grad():
+        latents = vae.encode(images).latent_dist.mean
+    noisy = latents + 0.06 * torch.rand(len(images), 1, 1, 1) * torch.randn_like(latents)
+    return _error(vae.decode(noisy).sample, images)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ import torch
 import tyro
 
 from studio.models.catalog import ASSETS
+from studio.models.device import pick_device
 from studio.models.loading import fingerprint, home
 
 SHIPPED = ASSETS / "atlas"
@@ -52,8 +53,6 @@ class Options:
 
 def main(options: Options) -> None:
     """Trains, measures, saves."""
-    from studio.session import pick_device
-
     torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     work = home() / "training" / options.name

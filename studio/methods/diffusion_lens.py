@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from studio.methods.text_to_image import SamplingParams, image_name, stepper, warn_lost_tokens
+from studio.methods.text_to_image import SamplingParams, image_name, image_trace, stepper, warn_lost_tokens
 from studio.registry import REQUIRED, knob, method
-from studio.types import Axis, Figure, Report, Result, Run, Trace
+from studio.types import Axis, Figure, Report, Result, Run
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,29 @@ def lens(
 ) -> Result:
     """`images` (seed, layer, height, width, channel) uint8; layer 0 is the embedding, the last the whole
     encoder."""
-    from studio.models.sampling import denoise
-
     plan = model.plan(params)
     warn_lost_tokens(model, [inputs.prompt], report)
     states = model.lens(inputs.prompt)
     pairs = [(s, layer) for s in seeds for layer in range(len(states))]
     report.plan(len(pairs) * plan.steps, "denoising")
+    made = np.concatenate(_images(model, states, plan, pairs, report))
+    made = made.reshape(len(seeds), len(states), plan.height, plan.width, 3)
+    labels = ("embedding", *(f"layer {i}" for i in range(1, len(states))))
+    named = {
+        image_name(f"seed{s}", label): made[j, i]
+        for j, s in enumerate(seeds)
+        for i, label in enumerate(labels)
+    }
+    images = image_trace(made, Axis("seed", tuple(map(str, seeds))), Axis("layer", labels))
+    return Result({"images": images}, {"steps": plan.steps, "guidance": plan.guidance}, named)
+
+
+def _images(
+    model: Any, states: Any, plan: Any, pairs: list[tuple[int, int]], report: Report
+) -> list[np.ndarray]:
+    """Batches of images, one image each (seed, layer)."""
+    from studio.models.sampling import denoise
+
     made = []
     for start in range(0, len(pairs), report.rows):
         chunk = pairs[start : start + report.rows]
@@ -79,23 +95,4 @@ def lens(
             on_step=stepper(report, len(chunk)),
         )
         made.append(model.decode(latents))
-    images = np.concatenate(made).reshape(len(seeds), len(states), plan.height, plan.width, 3)
-    labels = ("embedding", *(f"layer {i}" for i in range(1, len(states))))
-    axes = (
-        Axis("seed", tuple(map(str, seeds))),
-        Axis("layer", labels),
-        *(
-            Axis(n, tuple(map(str, range(k))))
-            for n, k in zip(("height", "width", "channel"), images.shape[2:], strict=True)
-        ),
-    )
-    named = {
-        image_name(f"seed{s}", label): images[j, i]
-        for j, s in enumerate(seeds)
-        for i, label in enumerate(labels)
-    }
-    return Result(
-        {"images": Trace(images, axes, "RGB, 0 to 255")},
-        {"steps": plan.steps, "guidance": plan.guidance},
-        named,
-    )
+    return made

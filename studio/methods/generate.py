@@ -9,7 +9,14 @@ import numpy as np
 
 from studio.errors import RequestError
 from studio.measure import METRICS, Question, score
-from studio.methods.text_to_image import SamplingParams, ScoreParams, image_name, stepper, warn_lost_tokens
+from studio.methods.text_to_image import (
+    SamplingParams,
+    ScoreParams,
+    image_name,
+    image_trace,
+    stepper,
+    warn_lost_tokens,
+)
 from studio.registry import REQUIRED, knob, method
 from studio.types import Axis, Figure, Report, Result, Run, Trace
 
@@ -75,12 +82,31 @@ def generate(
 ) -> Result:
     """`images` (prompt, seed, height, width, channel) uint8; `scores` (prompt, seed) when a metric is asked
     for."""
-    from studio.models.sampling import denoise
-
     plan = model.plan(params)
     warn_lost_tokens(model, inputs.prompt, report)
     pairs = [(p, s) for p in range(len(inputs.prompt)) for s in seeds]
     report.plan(len(pairs) * plan.steps, "denoising")
+    made = np.stack(_images(model, inputs, plan, pairs, report))
+    made = made.reshape(len(inputs.prompt), len(seeds), plan.height, plan.width, 3)
+    prompts, labels = Axis("prompt", inputs.prompt), Axis("seed", tuple(map(str, seeds)))
+    arrays = {"images": image_trace(made, prompts, labels)}
+    if params.metric:
+        arrays["scores"] = Trace(_scores(made, inputs, params, scorer), (prompts, labels), params.metric)
+    named = {
+        image_name(f"prompt{p}", f"seed{s}"): made[p, j]
+        for p in range(len(inputs.prompt))
+        for j, s in enumerate(seeds)
+    }
+    values = {n: getattr(plan, n) for n in ("steps", "guidance", "scheduler", "height", "width")}
+    return Result(arrays, values, named)
+
+
+def _images(
+    model: Any, inputs: Inputs, plan: Any, pairs: list[tuple[int, int]], report: Report
+) -> list[np.ndarray]:
+    """The image of each (prompt's number, seed), in batches."""
+    from studio.models.sampling import denoise
+
     cond, _ = model.encode(inputs.prompt)
     images: list[np.ndarray] = []
     for start in range(0, len(pairs), report.rows):
@@ -95,31 +121,7 @@ def generate(
             on_step=stepper(report, len(chunk)),
         )
         images.extend(model.decode(latents))
-    stacked = np.stack(images).reshape(len(inputs.prompt), len(seeds), plan.height, plan.width, 3)
-    prompts, labels = Axis("prompt", inputs.prompt), Axis("seed", tuple(map(str, seeds)))
-    pixels = tuple(
-        Axis(n, tuple(map(str, range(k))))
-        for n, k in zip(("height", "width", "channel"), stacked.shape[2:], strict=True)
-    )
-    arrays = {"images": Trace(stacked, (prompts, labels, *pixels), "RGB, 0 to 255")}
-    if params.metric:
-        arrays["scores"] = Trace(_scores(stacked, inputs, params, scorer), (prompts, labels), params.metric)
-    named = {
-        image_name(f"prompt{p}", f"seed{s}"): stacked[p, j]
-        for p in range(len(inputs.prompt))
-        for j, s in enumerate(seeds)
-    }
-    return Result(
-        arrays,
-        {
-            "steps": plan.steps,
-            "guidance": plan.guidance,
-            "scheduler": plan.scheduler,
-            "height": plan.height,
-            "width": plan.width,
-        },
-        named,
-    )
+    return images
 
 
 def _scores(images: np.ndarray, inputs: Inputs, params: Params, scorer: Any) -> np.ndarray:

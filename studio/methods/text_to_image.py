@@ -13,7 +13,7 @@ from studio.errors import RequestError
 from studio.measure import METRICS, Question, score
 from studio.models.catalog import SCHEDULERS
 from studio.registry import REQUIRED, knob
-from studio.types import Patch, Report, Site
+from studio.types import Axis, Patch, Report, Site, Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +201,13 @@ def stepper(report: Report, rows: int) -> Callable[[int, Any], None]:
         report.step(rows if i else 0)
 
     return on_step
+
+
+def image_trace(images: np.ndarray, *axes: Axis) -> Trace:
+    """Images (…, H, W, 3) uint8 under these axes and those of their pixels."""
+    sizes = zip(("height", "width", "channel"), images.shape[-3:], strict=True)
+    pixels = (Axis(name, tuple(map(str, range(size)))) for name, size in sizes)
+    return Trace(images, (*axes, *pixels), "RGB, 0 to 255")
 
 
 def image_name(*parts: object) -> str:

@@ -4,6 +4,7 @@ images."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import nn
 from studio.errors import RequestError
 from studio.models.hooks import Tape, watch
 from studio.models.loading import Source, parameter_bytes
-from studio.models.sampling import Conditioning, Plan, denoise, guided, raw_output
+from studio.models.sampling import Conditioning, Plan, denoise, first_latents, guided, raw_output
 from studio.models.sites import (
     UNET_KINDS,
     text_layers,
@@ -21,6 +22,7 @@ from studio.models.sites import (
     text_norm,
     text_root,
     unet_module,
+    unet_site_names,
     unet_sites,
 )
 from studio.models.tokens import TokenRow, find_span
@@ -215,35 +217,29 @@ class DiffusionModel:
         return unet_sites(self.unet, kinds)
 
     @torch.no_grad()
-    def zeroing_changes(self, chunk: int = 64) -> dict[str, float]:
-        """For the load-time check: the largest change of the UNet's output over all sites of each kind when
-        zeroed."""
-        side = 2 ** len(self.unet.config.block_out_channels)
+    def zeroing_changes(self) -> dict[str, float]:
+        """For the load-time check: how much the UNet's output changes when all sites of a kind are zeroed.
+
+        One row a kind, the smallest latents that reach the lowest level, and one token of text: the last,
+        which reads all others. A row is compared with itself in a forward without patches, since rows of
+        one forward differ by rounding: where nothing reacts the change is exactly 0.
+        """
+        names = unet_site_names(self.unet)
+        kinds = [kind for kind in UNET_KINDS[:4] if names[kind]]
+        sites = {Site("unet", name, kind): row for row, kind in enumerate(kinds) for name in names[kind]}
+        patches = [Patch(site, do="zero", rows=(row,)) for site, row in sites.items()]
+        side = 2 ** (len(self.unet.config.block_out_channels) - 1)
         plan = Plan(height=side * self.vae_factor, width=side * self.vae_factor, guidance=1.0)
-        cond, _ = self.encode([""])
-        noise = torch.randn(
-            1, self.unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0)
-        )
-        found: dict[str, float] = {}
-        for kind in UNET_KINDS[:4]:
-            sites, best = unet_sites(self.unet, [kind]), 0.0
-            for start in range(0, len(sites), chunk):
-                part = sites[start : start + chunk]
-                patches = [Patch(site, do="zero", rows=(i + 1,)) for i, site in enumerate(part)]
-                rows = [0] * (len(part) + 1)
-                with watch({s: unet_module(self.unet, s) for s in part}, patches=patches):
-                    out = raw_output(
-                        self,
-                        noise.to(self.device, self.dtype)[rows],
-                        torch.tensor(500, device=self.device),
-                        cond.rows(rows),
-                        plan,
-                    ).float()
-                change = float((out[1:] - out[:1]).abs().amax()) if part else 0.0
-                best = change if change != change or best != best else max(best, change)
-            if sites:
-                found[f"{kind} ({sites[0].layer} and the like)"] = best
-        return found
+        x, t = first_latents(self, plan, [0] * len(kinds)), torch.tensor(500, device=self.device)
+        cond = self.encode([""])[0].rows([0] * len(kinds))
+        cond = replace(cond, states=cond.states[:, -1:])
+        clean = raw_output(self, x, t, cond, plan).float()
+        with watch({site: unet_module(self.unet, site) for site in sites}, patches=patches) as tape:
+            zeroed = raw_output(self, x, t, cond, plan).float()
+        if tape.touched != set(sites):
+            raise RuntimeError(f"sites that never ran: {set(sites) - tape.touched}")
+        changes = (zeroed - clean).abs().amax((1, 2, 3)).tolist()
+        return {f"{k} ({names[k][0]} and the like)": c for k, c in zip(kinds, changes, strict=True)}
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, chunk: int = 16) -> np.ndarray:

@@ -96,100 +96,87 @@ def _source(name: str, folder: Path, entry: Entry | None, revision: str | None) 
 
 def identify(folder: Path) -> tuple[str, str]:
     """(kind, family) of a model folder by its configuration files."""
-
-    def read(file: Path) -> dict:
-        try:
-            content = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
-            raise RequestError(
-                f"{file} can't be read as JSON; the model's folder is broken, copy or download it again."
-            ) from error
-        return content if isinstance(content, dict) else {}
-
-    if (index := folder / "model_index.json").exists():
-        cls = read(index).get("_class_name", "")
-        cls = cls if isinstance(cls, str) else "pipeline with code of its own"
-        if cls not in PIPELINES:
-            raise RequestError(
-                f"{folder.name} is a {cls or 'pipeline without a class'}; Locus reads Stable Diffusion 1, "
-                f"2 and XL "
-                "pipelines, whose UNet has cross-attention."
-            )
-        width = read(folder / "unet" / "config.json").get("cross_attention_dim", 768)
-        return "diffusion", "sdxl" if "XL" in cls else "sd2" if width == 1024 else "sd1"
+    if (folder / "model_index.json").exists():
+        return "diffusion", _pipeline_family(folder)
     if (folder / "open_clip_config.json").exists():
         return "clip", "open_clip"
     if (config := folder / "config.json").exists():
-        content = read(config)
+        content = _read_json(config)
         if "architecture" in content:
             return "vision", "timm"
-        kind = content.get("model_type", "")
-        return (
-            ("clip", "clip")
-            if kind in ("clip", "siglip")
-            else ("language", kind)
-            if kind
-            else ("unknown", "")
-        )
+        if not (kind := content.get("model_type", "")):
+            return "unknown", ""
+        return ("clip", "clip") if kind in ("clip", "siglip") else ("language", kind)
     raise RequestError(
         f"The folder {folder} holds no model that Locus knows: expected model_index.json (diffusers), "
-        f"config.json "
-        "(transformers, timm) or open_clip_config.json (open_clip)."
+        "config.json (transformers, timm) or open_clip_config.json (open_clip)."
     )
+
+
+def _pipeline_family(folder: Path) -> str:
+    cls = _read_json(folder / "model_index.json").get("_class_name", "")
+    cls = cls if isinstance(cls, str) else "pipeline with code of its own"
+    if cls not in PIPELINES:
+        raise RequestError(
+            f"{folder.name} is a {cls or 'pipeline without a class'}; Locus reads Stable Diffusion 1, 2 and "
+            "XL pipelines, whose UNet has cross-attention."
+        )
+    width = _read_json(folder / "unet" / "config.json").get("cross_attention_dim", 768)
+    return "sdxl" if "XL" in cls else "sd2" if width == 1024 else "sd1"
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"{file} can't be read as JSON; the model's folder is broken, copy or download it again."
+        ) from error
+    return content if isinstance(content, dict) else {}
+
+
+_WANTED = "*.json *.txt *.model */*.json */*.txt */*.safetensors *.safetensors".split()
+_IGNORED = "*.fp16.* *.non_ema.* *.ckpt *.bin */*.onnx* *flax* *openvino* safety_checker/*".split()
 
 
 def _download(hub_id: str, entry: Entry | None) -> Path:
     """The snapshot folder of a hub model, from the cache or downloaded with a progress bar; safetensors
     only."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
-    )
 
-    wanted = ["*.json", "*.txt", "*.model", "*/*.json", "*/*.txt", "*/*.safetensors", "*.safetensors"]
-    ignored = [
-        "*.fp16.*",
-        "*.non_ema.*",
-        "*.ckpt",
-        "*.bin",
-        "*/*.onnx*",
-        "*flax*",
-        "*openvino*",
-        "safety_checker/*",
-    ]
     if entry:
         _room_on_disk(entry)
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=wanted, ignore_patterns=ignored))
-    except GatedRepoError as error:
-        raise StudioError(
-            f"{hub_id} is gated: accept its licence on its hub page, then sign in with `hf auth login`."
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise StudioError(
-            f"The hub has no model {hub_id!r}, or it is private; check the id, or sign in with `hf auth "
-            f"login`."
-        ) from error
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, ConnectionError) as error:
-        raise RequestError(
-            f"{hub_id} is not on this machine and the hub can't be reached; connect once to download it, "
-            f"or give "
-            "a folder. atlas-sd works offline."
-        ) from error
-    except HFValidationError as error:
-        raise RequestError(f"{hub_id!r} is no valid hub id; it has the form org/name.") from error
+        return Path(snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=_IGNORED))
     except Exception as error:  # the hub, its HTTP client and Xet each bring classes of their own
-        if isinstance(error, OSError) and error.errno == 28:
-            raise StudioError(
-                f"The disk is full while downloading {hub_id}; free some space and start again."
-            ) from error
-        raise StudioError(
-            f"Downloading {hub_id} failed ({type(error).__name__}); try again, finished files are kept."
-        ) from error
+        raise _download_fault(hub_id, error) from error
+
+
+def _download_fault(hub_id: str, error: Exception) -> StudioError:
+    """What a failed download means to a person."""
+    from huggingface_hub import errors as hub
+
+    if isinstance(error, hub.GatedRepoError):
+        return StudioError(
+            f"{hub_id} is gated: accept its licence on its hub page, then sign in with `hf auth login`."
+        )
+    if isinstance(error, hub.RepositoryNotFoundError):
+        return StudioError(
+            f"The hub has no model {hub_id!r}, or it is private; check the id, or sign in with `hf auth "
+            "login`."
+        )
+    if isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled | ConnectionError):
+        return RequestError(
+            f"{hub_id} is not on this machine and the hub can't be reached; connect once to download it, "
+            "or give a folder. atlas-sd works offline."
+        )
+    if isinstance(error, hub.HFValidationError):
+        return RequestError(f"{hub_id!r} is no valid hub id; it has the form org/name.")
+    if isinstance(error, OSError) and error.errno == 28:
+        return StudioError(f"The disk is full while downloading {hub_id}; free some space and start again.")
+    return StudioError(
+        f"Downloading {hub_id} failed ({type(error).__name__}); try again, finished files are kept."
+    )
 
 
 def _room_on_disk(entry: Entry) -> None:

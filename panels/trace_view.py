@@ -1,0 +1,115 @@
+"""What the Trace panel shows of results: the map, the table, and for a clicked cell its numbers and
+images."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from panels import heatmap
+from studio.figures import number
+from studio.measure import standard_error
+from studio.methods.causal_trace_unet import kind_of
+from studio.methods.text_to_image import image_name
+from studio.registry import find_method
+from studio.types import Figure, Recipe, Result, Run
+
+ASK = "Click a cell to see its number and its images."
+PICTURES = ("clean", "corrupted", "restored")
+
+
+def figure_of(recipe: Recipe, result: Result) -> Figure:
+    """The method's own figure of these results; while only the screen is there, the screen."""
+    params = dict(recipe.params)
+    effect = result.arrays.get("indirect_effect")
+    if "screen" in result.arrays and effect is not None and np.isnan(effect.values).all():
+        params["screen"] = True
+    shown = Recipe(recipe.method, recipe.model, recipe.inputs, params, recipe.seeds, recipe.edits)
+    return find_method(recipe.method).draw(Run(shown, "done", "", 0.0, {}, result))
+
+
+def drawn(recipe: Recipe, result: Result, out: dict[str, Any]) -> dict[Any, Any]:
+    """Updates of map and table (of the gallery for images) for these results."""
+    figure = figure_of(recipe, result)
+    if figure.kind == "strip":
+        pictures = [
+            (image, f"{row}, {col}")
+            for row, images in zip(figure.data["rows"], figure.data["images"], strict=True)
+            for col, image in zip(figure.data["cols"], images, strict=True)
+        ]
+        hint = {"hint": "One image for each layer of the text encoder, below."}
+        return {out["strip"]: gr.Gallery(visible=True, value=pictures), out["figure"]: hint, out["table"]: []}
+    return {out["figure"]: heatmap.as_value(figure), out["table"]: heatmap.as_table(figure)}
+
+
+def headline(recipe: Recipe, result: Result) -> str:
+    """The finding in one sentence, and what to do next."""
+    effect = result.arrays.get("indirect_effect")
+    total = result.values.get("total_effect")
+    best = effect.best(1) if effect is not None else []
+    if not best or total is None:
+        return ASK
+    (place, value), whole = best[0], f" of the {number(total)} that corruption takes away"
+    return f"Strongest so far: {', '.join(place)} brings back {number(value)}{whole}. {ASK}"
+
+
+def detail(
+    recipe: Recipe,
+    result: Result,
+    figure: Figure,
+    cell: tuple[int, int],
+    seed: str | None,
+    out: dict[str, Any],
+) -> dict[Any, Any]:
+    """What a click on a cell shows: its numbers, and the images of one seed."""
+    name = figure.data["names"][cell[0]][cell[1]]
+    if not name:
+        return {out["text"]: "There is no module at this place."}
+    seeds = [str(s) for s in recipe.seeds]
+    seed = seed if seed in seeds else seeds[0]
+    index, image = _place(recipe, result, cell, name)
+    images = {n: result.images.get(f"seed{seed}-{n if n != 'restored' else image}") for n in PICTURES}
+    pair = (images["corrupted"], images["restored"])
+    whole = all(p is not None for p in pair)
+    update = {out[n]: gr.update(value=picture, visible=picture is not None) for n, picture in images.items()}
+    update[out["text"]] = _sentence(recipe, result, name, index, seed)
+    update[out["slider"]] = gr.update(value=pair if whole else None, visible=whole)
+    update[out["seed"]] = gr.update(choices=seeds, value=seed, visible=len(seeds) > 1)
+    return update
+
+
+def _place(recipe: Recipe, result: Result, cell: tuple[int, int], name: str) -> tuple[tuple[int, ...], str]:
+    """(index into the trace's own axes, name of the restored image) of a heat map's cell."""
+    axes = result.arrays["indirect_effect"].axes
+    if recipe.method == "trace-unet":
+        return (axes[0].labels.index(name),), image_name(name)
+    kind, layer = divmod(cell[0], len(axes[1].labels))
+    image = image_name(axes[0].labels[kind], axes[1].labels[layer], f"token{cell[1]}")
+    return (kind, layer, cell[1]), image
+
+
+def _sentence(recipe: Recipe, result: Result, name: str, index: tuple[int, ...], seed: str) -> str:
+    """The numbers of a cell in words."""
+    arrays, j = result.arrays, [str(s) for s in recipe.seeds].index(seed)
+    effect = float(arrays["indirect_effect"].values[index])
+    what = f"{name} ({kind_of(name)})" if recipe.method == "trace-unet" else name
+    if not math.isfinite(effect):
+        share = float(arrays["screen"].values[index]) if "screen" in arrays else math.nan
+        return f"{what}: screen {number(share)} (an estimate, no image yet)."
+    mine = arrays["restored"].values[(slice(None), *index)]
+    whole = bool(np.isfinite(mine).all())
+    error = float(standard_error(mine - arrays["corrupted"].values)) if whole else math.nan
+    n = int(np.isfinite(mine).sum())
+    spread = f" ± {number(error)} (standard error over {n} seeds)" if math.isfinite(error) else ""
+    spread = spread or (
+        " (one seed: no standard error)" if len(recipe.seeds) == 1 else f" (so far {n} seeds)"
+    )
+    scores = [f"{k} {number(float(arrays[k].values[j]))}" for k in ("clean", "corrupted")]
+    scores.append(f"restored {number(float(mine[j]))}")
+    return (
+        f"{what}: indirect effect {number(effect)}{spread}.\nSeed {seed}: {', '.join(scores)} "
+        f"({arrays['clean'].unit})."
+    )

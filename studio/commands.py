@@ -1,0 +1,140 @@
+"""The studio's own commands: serve, models, doctor, replay. Each opens with its name and line of help."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from studio.errors import RequestError
+from studio.options import COMMON, new_session, parse_options
+
+
+def serve(argv: list[str]) -> int:
+    """serve: the studio in the browser"""
+    options = {
+        "host": (str, "ADDRESS", "address to listen on; one that others can reach needs --auth", "127.0.0.1"),
+        "port": (str, "INT", "port; 0 takes a free one", "7860"),
+        "auth": (str, "USER:PASS", "ask for this login", ""),
+        "inbrowser": (bool, "", "open the browser", ""),
+    }
+    options |= {k: (str, *COMMON[k], "") for k in ("device", "dtype", "threads", "batch", "models", "runs")}
+    given = parse_options("serve", "The studio in the browser.", options, argv)
+    from panels.server import check_address, serve_forever
+
+    address = check_address(given.get("host", "127.0.0.1"), given.get("port", "7860"), given.get("auth"))
+    with contextlib.closing(new_session(given)) as session:
+        return serve_forever(session, *address, inbrowser=given["inbrowser"])
+
+
+def models(argv: list[str]) -> int:
+    """models: known models: family, where the weights are, size, whether ready offline"""
+    given = parse_options("models", "Known models.", {"json": (bool, "", "print JSON", "")}, argv)
+    rows = catalogue_rows()
+    if given["json"]:
+        print(json.dumps(rows, indent=1))
+        return 0
+    for r in rows:
+        print(
+            f"{r['name']:<22} {r['family']:<10} {'ready' if r['ready'] else 'download':<9} {r['size']:>9} "
+            f" {r['licence']:<26} {r['where']}"
+        )
+    print("\nAlso: any folder or hub id of a Stable Diffusion 1, 2 or XL pipeline in safetensors (--model).")
+    return 0
+
+
+def catalogue_rows() -> list[dict[str, Any]]:
+    """The catalogue with sizes and whether each model is on this machine."""
+    from studio.models.catalog import CATALOG
+    from studio.models.loading import offline_state
+
+    rows = []
+    for e in CATALOG.values():
+        ready, where = offline_state(e)
+        size = (
+            sum(f.stat().st_size for f in e.path.rglob("*.safetensors")) if e.embedded and ready else e.size
+        )
+        rows.append(
+            {
+                "name": e.name,
+                "family": e.family,
+                "where": where,
+                "bytes": size,
+                "ready": ready,
+                "licence": e.licence,
+                "size": f"{size / 1e9:.1f} GB" if size > 1e9 else f"{size / 1e6:.1f} MB",
+                "note": e.note,
+            }
+        )
+    return rows
+
+
+def doctor(argv: list[str]) -> int:
+    """doctor: versions, device, memory, write access, embedded models; exit 1 when something is wrong"""
+    given = parse_options(
+        "doctor",
+        "Is this machine ready?",
+        {"runs": (str, *COMMON["runs"], ""), "json": (bool, "", "print JSON", "")},
+        argv,
+    )
+    from studio.doctor import examine
+
+    facts, wrong = examine(given.get("runs"))
+    if given["json"]:
+        print(json.dumps({"facts": facts, "wrong": wrong}, indent=1))
+    else:
+        for key, value in facts.items():
+            print(f"{key:<24} {value}")
+    for sentence in wrong:
+        print(f"locus: {sentence}", file=sys.stderr)
+    return int(bool(wrong))
+
+
+def replay(argv: list[str]) -> int:
+    """replay: runs a run folder's recipe again and says whether arrays and images agree"""
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        raise RequestError("Which run? `locus replay RUN`, a run folder or the id of a run in the store.")
+    options = {k: (str, *COMMON[k], "") for k in ("runs", "models", "device", "out")} | {
+        "json": (bool, "", "print JSON", "")
+    }
+    if argv[0] in ("-h", "--help"):
+        parse_options("replay RUN", "Runs a run folder's recipe again and compares.", options, argv)
+    given = parse_options("replay", "Runs a run folder's recipe again and compares.", options, argv[1:])
+    from studio.replay import compare, repeat
+
+    old, new = repeat(argv[0], given, progress_bar())
+    report = compare(old, new)
+    print(json.dumps(report, indent=1) if given["json"] else "\n".join(report["said"]))
+    return 0 if report["agrees"] else 1
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "serve": serve,
+    "models": models,
+    "doctor": doctor,
+    "replay": replay,
+}
+
+
+def progress_bar() -> Callable[[Any], None] | None:
+    """A bar on standard error when that is a terminal, else nothing."""
+    if not sys.stderr.isatty():
+        return None
+    from tqdm import tqdm
+
+    bars: dict[str, tqdm] = {}
+
+    def show(job: Any) -> None:
+        if job.total and job.what not in bars:
+            for bar in bars.values():
+                bar.close()
+            bars[job.what] = tqdm(total=job.total, desc=job.what, file=sys.stderr, leave=False)
+        if job.what in bars:
+            bars[job.what].update(job.done - bars[job.what].n)
+        if job.over:
+            for bar in bars.values():
+                bar.close()
+
+    return show
