@@ -95,6 +95,14 @@ class Visit:
             "t => document.querySelector('#trace-status textarea')?.value.startsWith(t)", arg=start
         )
 
+    def cells(self) -> None:
+        """Waits until the map shows a measured cell; says what the status line said when none comes."""
+        try:
+            self.page.wait_for_selector("#trace-figure .cell:not(.waiting)")
+        except Exception as error:
+            said = self.page.locator("#trace-status textarea").input_value()
+            raise AssertionError(f"no cell came; the status line says {said!r}") from error
+
     def close(self) -> None:
         """Closes the window; nothing may have gone wrong in it."""
         self.context.close()

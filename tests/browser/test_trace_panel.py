@@ -117,7 +117,7 @@ def test_stop_ends_within_a_step_and_keeps_what_was_measured(visit: Visit, sessi
     quick(page, "40")
     fill(page, "seeds", "11,12,13")
     page.click("#trace-run")
-    page.wait_for_selector("#trace-figure .cell:not(.waiting)")
+    visit.cells()
     page.click("#trace-stop")
     asked = time.monotonic()
     visit.status("Stopped")
