@@ -12,7 +12,7 @@ import numpy as np
 from panels import heatmap
 from studio.figures import number
 from studio.measure import standard_error
-from studio.methods.causal_trace_unet import kind_of
+from studio.methods.causal_trace_unet import row_kinds
 from studio.methods.text_to_image import image_name
 from studio.registry import find_method
 from studio.types import Figure, Recipe, Result, Run
@@ -95,7 +95,9 @@ def _sentence(recipe: Recipe, result: Result, name: str, index: tuple[int, ...],
     """The numbers of a cell in words."""
     arrays, j = result.arrays, [str(s) for s in recipe.seeds].index(seed)
     effect = float(arrays["indirect_effect"].values[index])
-    what = f"{name} ({kind_of(name)})" if recipe.method == "trace-unet" else name
+    what = (
+        f"{name} ({row_kinds((name,), recipe.params['kinds'])[0]})" if recipe.method == "trace-unet" else name
+    )
     if not math.isfinite(effect):
         share = float(arrays["screen"].values[index]) if "screen" in arrays else math.nan
         return f"{what}: screen {number(share)} (an estimate, no image yet)."

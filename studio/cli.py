@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +27,46 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        return _dispatch(argv)
+        with _log_kept_quiet(argv):
+            return _dispatch(argv)
     except RequestError as error:
         return _say(error, 2)
     except StudioError as error:
         return _say(error, error.code)
-    except (KeyboardInterrupt, Cancelled):
-        return _say("Interrupted; nothing half-done was kept.", 130)
+    except (KeyboardInterrupt, Cancelled) as stop:
+        kept = getattr(stop, "partial", None)
+        what = (
+            f"what was finished by then is kept as run {kept.id}"
+            if kept and kept.id
+            else "nothing half-done was kept"
+        )
+        return _say(f"Interrupted; {what}.", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # a bug of ours: a sentence for the person, the traceback for the log
-        import logging
-
         if os.environ.get("LOCUS_DEBUG"):
             raise
-        logging.getLogger("locus").debug("traceback", exc_info=True)
         return _say(
             f"Running failed with {type(error).__name__}: {' '.join(str(error).split())[:200]} "
             "(LOCUS_DEBUG=1 shows the traceback).",
             1,
         )
+
+
+@contextlib.contextmanager
+def _log_kept_quiet(argv: list[str]) -> Iterator[None]:
+    """A command says one sentence; tracebacks go to the log of `serve`, or to a person who sets
+    LOCUS_DEBUG."""
+    import logging
+
+    log = logging.getLogger("locus")
+    before = log.disabled
+    log.disabled = argv[:1] != ["serve"] and not os.environ.get("LOCUS_DEBUG")
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _say(sentence: object, code: int) -> int:
@@ -108,7 +128,7 @@ def run_method(method: Method, argv: list[str]) -> int:
         check_free(out)
     recipe = Recipe(
         method.name,
-        given.get("model", DEFAULT_MODELS.get(method.family, "")),
+        _whole_path(given.get("model", DEFAULT_MODELS.get(method.family, ""))),
         asked,
         {},
         given.get("seeds"),
@@ -118,11 +138,20 @@ def run_method(method: Method, argv: list[str]) -> int:
         run = session.run(recipe, progress_bar(), out=out, force=given["force"])
         for warning in run.result.values.get("warnings", []):
             print(f"locus: warning: {warning}", file=sys.stderr)
+        where = out or session.store.root / run.id
         if given["json"]:
             print(json.dumps(as_record(run), ensure_ascii=False))
-        else:
-            print(out or session.store.root / run.id)
+        if not given["json"] or out is None:
+            print(where, file=sys.stderr if given["json"] else sys.stdout)
     return 0
+
+
+def _whole_path(model: str) -> str:
+    """A model given as a folder, so that a run replays from anywhere; names and hub ids as they are."""
+    from studio.models.catalog import CATALOG
+
+    folder = Path(model).expanduser()
+    return str(folder.absolute()) if model and model not in CATALOG and folder.is_dir() else model
 
 
 def _asked(method: Method, given: dict[str, Any]) -> dict[str, Any]:

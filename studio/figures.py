@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -60,7 +61,9 @@ def _canvas(width: float, height: float, figure: Figure) -> Any:
 
     canvas = Canvas(figsize=(min(width, 40), min(height, 60)), layout="constrained")
     if figure.title:
-        canvas.suptitle(_short(figure.title, 160), fontsize=10, wrap=True)
+        # our own line breaks: matplotlib's wrap=True reads dollar signs as mathematics in spite of the style
+        title = textwrap.fill(_short(figure.title, 160), max(24, int(min(width, 40) * 12)))
+        canvas.suptitle(title, fontsize=10)
     return canvas
 
 
@@ -120,9 +123,8 @@ def _strip(figure: Figure) -> Any:
         if r == 0:
             axes.set_title(_short(figure.data["cols"][c]), fontsize=7)
         if c == 0:
-            axes.set_ylabel(
-                _short(figure.data["rows"][r]), fontsize=7, rotation=0, ha="right", va="center", wrap=True
-            )
+            name = textwrap.fill(_short(figure.data["rows"][r]), 20)
+            axes.set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
     return canvas
 
 

@@ -61,7 +61,7 @@ def probability(
 def distance(images: np.ndarray, clean: np.ndarray, question: Question, scorer: Scorer | None) -> np.ndarray:
     """Minus the root mean square pixel difference (range 0 to 1) to the clean image."""
     difference = (images.astype(np.float64) - clean.astype(np.float64)) / 255
-    return -np.sqrt((difference**2).mean(axis=(1, 2, 3)))
+    return 0.0 - np.sqrt((difference**2).mean(axis=(1, 2, 3)))  # never a minus zero
 
 
 METRICS: dict[str, Score] = {"clip": clip, "distance": distance, "probability": probability}

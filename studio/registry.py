@@ -270,7 +270,7 @@ def _one_of(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         near = get_close_matches(value, choices, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise RequestError(f"{option} must be one of {', '.join(choices)}, not {value[:60]!r}{hint}")
+        raise RequestError(f"{option} must be one of {', '.join(choices)}, not {value[:60]!r}{hint or '.'}")
 
 
 def plain(record: Any) -> dict[str, Any]:

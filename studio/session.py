@@ -7,6 +7,7 @@ and a test.
 
 from __future__ import annotations
 
+import logging
 import platform
 import time
 from collections import OrderedDict
@@ -28,6 +29,13 @@ from studio.store import Store, write_run
 from studio.types import Recipe, Result, Run
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
+_log = logging.getLogger("locus")
+_KINDS = {
+    "diffusion": "a text-to-image model",
+    "clip": "a CLIP",
+    "language": "a language model",
+    "vision": "a vision model",
+}
 _LIBRARIES = ("locus-studio", "torch", "diffusers", "transformers", "open_clip_torch", "numpy")
 
 
@@ -98,10 +106,11 @@ class Session:
                 seen = job.wait(seen, 0.5)
                 if report:
                     report(job)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             job.cancel()
             while not job.over:
                 job.wait(job.version, 0.5)
+            stop.partial = None if job.options.get("out") else job.run
             raise
         if job.error:
             raise job.error
@@ -130,14 +139,10 @@ class Session:
         """A loaded model by name, from memory or from disk; the least recently used make room."""
         source = locate(name, self.models_folder)
         if source.kind != kind:
-            want = {
-                "diffusion": "a text-to-image model",
-                "clip": "a CLIP",
-                "language": "a language model",
-            }.get(kind, kind)
+            want = _KINDS.get(kind, kind)
             raise RequestError(
-                f"{name} is a {source.family or source.kind} model, and {want} is needed here; see `locus "
-                f"models`."
+                f"{name} is {_KINDS.get(source.kind, 'of another kind')}, and {want} is needed here; "
+                "see `locus models`."
             )
         key = (str(source.path.resolve()), source.fingerprint, self.dtype)
         if key not in self._loaded:
@@ -247,7 +252,7 @@ class Session:
         try:
             with overlay(arguments[0], edits, force=bool(job.options.get("force"))):
                 result, rows = self._with_less_memory(method, arguments, job)
-        except (Cancelled, StudioError, ArithmeticError, RuntimeError) as error:
+        except Exception as error:  # raised again once what was measured is kept
             failure = error
             if job.latest is None:
                 raise
@@ -288,18 +293,32 @@ class Session:
             job.warn(f"Memory ran out; the batch was halved to {job.rows} rows.")
 
     def _keep(self, run: Run, method: Method, job: Job) -> Run:
-        figure = method.draw(run)
+        """The run once it is written; a figure that can't be drawn, or an --out that fails, never costs the
+        run."""
+        try:
+            return self._write(run, method.draw(run), job)
+        except (StudioError, OSError):
+            raise
+        except Exception as error:  # a bug in drawing: the numbers are worth more than the picture
+            _log.exception("the figure of %s could not be drawn", run.recipe.method)
+            job.warn(f"The figure could not be drawn ({type(error).__name__}); numbers and images are kept.")
+            return self._write(replace(run, result=with_warnings(run.result, job.warnings)), None, job)
+
+    def _write(self, run: Run, figure: Any, job: Job) -> Run:
         out = job.options.get("out")
-        if out is not None:
-            if run.status != "stopped":
-                try:
-                    write_run(replace(run, id=out.name), out, figure)
-                except FileExistsError as error:
-                    raise StudioError(
-                        f"{out} came into being meanwhile; the run was not written over it."
-                    ) from error
-            return replace(run, id=out.name)
-        return self.store.save(run, figure) if job.options.get("save", True) else run
+        if out is None:
+            return self.store.save(run, figure) if job.options.get("save", True) else run
+        if run.status == "stopped":
+            return run
+        try:
+            write_run(replace(run, id=out.name), out, figure)
+        except (StudioError, FileExistsError) as error:
+            reason = "it came into being meanwhile" if isinstance(error, FileExistsError) else str(error)
+            kept = self.store.save(run, figure)
+            raise StudioError(
+                f"{out} could not be written ({reason}); the run is kept as {self.store.root / kept.id}."
+            ) from error
+        return replace(run, id=out.name)
 
     def host(self, rows: int) -> dict[str, Any]:
         """What a replay needs to repeat the same bits."""

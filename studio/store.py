@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -115,15 +116,22 @@ def check_free(folder: Path) -> None:
     parent = folder.absolute().parent
     while not parent.exists():
         parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise RequestError(f"{folder} can't be written: {parent} is no folder that you may write to.")
+    try:
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        with tempfile.TemporaryDirectory(dir=parent, prefix=_HIDDEN):
+            pass  # tried, not asked: for root os.access says yes to everything
+    except OSError as error:
+        raise RequestError(
+            f"{folder} can't be written: {parent} is no folder that you may write to."
+        ) from error
 
 
 def write_run(run: Run, folder: Path, figure: Figure | None = None) -> None:
     """Writes a run folder beside its place and renames it; FileExistsError when the place is taken,
     StudioError on a full disk."""
     folder = Path(folder)
-    beside = folder.parent / f"{_HIDDEN}{os.getpid()}-{folder.name}"
+    beside = folder.parent / f"{_HIDDEN}{os.getpid()}-{folder.name[:50]}"  # a long name must still fit
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)

@@ -88,15 +88,15 @@ UNETS: dict[str, dict[str, Any]] = {
 def text_config(width: int, layers: int, **more: Any) -> CLIPTextConfig:
     """A CLIP text encoder for the Atlas tokenizer."""
     return CLIPTextConfig(
-        vocab_size=814,
+        vocab_size=815,
         hidden_size=width,
         intermediate_size=2 * min(width, 64),
         num_hidden_layers=layers,
         num_attention_heads=4,
         max_position_embeddings=32,
-        bos_token_id=812,
-        eos_token_id=813,
-        pad_token_id=813,
+        bos_token_id=813,
+        eos_token_id=814,
+        pad_token_id=814,
         **more,
     )
 

@@ -226,7 +226,7 @@ def width_of(model: Any, part: str) -> int:
 def test_hidden_states_of_transformers_see_our_patches() -> None:
     """Its own hooks run after ours, whichever was there first."""
     encoder = layouts.build("sd1").text_encoder
-    ids, site = torch.tensor([[812, 5, 813]]), Site("text", 0, "hidden")
+    ids, site = torch.tensor([[813, 5, 814]]), Site("text", 0, "hidden")
     for _ in range(2):
         with torch.no_grad(), watch({site: text_layers(encoder)[0]}, patches=[Patch(site, "zero")]):
             assert not encoder(ids, output_hidden_states=True).hidden_states[1].any()

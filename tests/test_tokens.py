@@ -105,7 +105,9 @@ def test_positions_are_those_of_the_padded_prompt() -> None:
         padded = model.tokenizers["text"](
             text, padding="max_length", truncation=True, max_length=32
         ).input_ids
-        assert len(padded) == found.length and padded.index(813) == found.end
+        assert (
+            len(padded) == found.length and padded.index(model.tokenizers["text"].eos_token_id) == found.end
+        )
         assert sorted(p for place in found.trace_positions() for p in place) == list(range(32))
         assert len(found.trace_labels()) == len(found.trace_positions())
 

@@ -60,6 +60,7 @@ def caption(
         return _emblem_caption(labels, country, rng)
     background, style = labels[2:4]
     keep = np.ones(4, bool) if full else rng.random(4) < (0.92, 0.8, 0.75, 0.8)
+    keep[3] |= style > 0  # what is not named is flat, so another style is always named
     phrase, named = _things(labels, keep, rng, full) if keep[0] else ("", {})
     if keep[2] or not phrase:
         named["background"] = background

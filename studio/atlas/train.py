@@ -152,11 +152,14 @@ def _diffusion(options: Options, device: str, work: Path) -> None:
 
 def ship_pipeline(pipe: Any) -> None:
     """Writes the pipeline as float16 to assets/."""
+    from studio.atlas.tokenizer import write_tokenizer
+
     folder = SHIPPED / "atlas-sd"
     shutil.rmtree(folder, ignore_errors=True)
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.to(torch.float16)
     pipe.save_pretrained(folder)
+    write_tokenizer(folder / "tokenizer")  # with vocab.json and merges.txt, which older readers look for
 
 
 def write_diffusion_card(facts: dict[str, Any], right: dict[str, float]) -> None:

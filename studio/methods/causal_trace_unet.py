@@ -8,6 +8,7 @@ score(clean) - score.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +90,12 @@ def kind_of(label: str) -> str:
     return next((kind for end, kind in ends.items() if label.endswith(end)), "resnet")
 
 
+def row_kinds(labels: tuple[str, ...], kinds: Sequence[str]) -> list[str]:
+    """The kind of each label in a trace of these kinds: without `resnet` among them a block is its stream."""
+    found = [kind_of(label) for label in labels]
+    return ["stream" if k == "resnet" and "resnet" not in kinds else k for k in found]
+
+
 def windows(sites: list[Site], width: int) -> list[list[Site]]:
     """For each site the neighbours of its own kind that are treated with it, itself in the centre."""
     by_kind: dict[str, list[Site]] = {}
@@ -102,10 +109,10 @@ def windows(sites: list[Site], width: int) -> list[list[Site]]:
     return out
 
 
-def layout(labels: tuple[str, ...], values: np.ndarray) -> dict[str, Any]:
+def layout(labels: tuple[str, ...], values: np.ndarray, asked: Sequence[str] = KINDS) -> dict[str, Any]:
     """Modules on a grid for the heat map: a row a kind, a column a place in the UNet. Cells without a
     module are NaN."""
-    places, kinds = [], []
+    places, kinds = [], row_kinds(labels, asked)
     for label in labels:
         parts = label.replace(" (stream)", "").split(".")
         block = parts[0].removesuffix("_blocks").removesuffix("_block") + (
@@ -113,7 +120,6 @@ def layout(labels: tuple[str, ...], values: np.ndarray) -> dict[str, Any]:
         )
         numbers = [int(p) for p in parts if p.isdigit()][0 if parts[0] == "mid_block" else 1 :]
         places.append((block, numbers[0] if numbers else 0, numbers[1] if len(numbers) > 1 else 0))
-        kinds.append(kind_of(label))
     columns, rows = list(dict.fromkeys(places)), [k for k in (*KINDS, "stream") if k in kinds]
     blocks = list(dict.fromkeys(b for b, _, _ in columns))
     columns.sort(key=lambda p: (blocks.index(p[0]), p[1], p[2]))
@@ -136,7 +142,8 @@ def draw(run: Run) -> Figure:
     """The heat map of indirect effects (of the screen when there is nothing else)."""
     arrays = run.result.arrays
     effect = arrays["screen"] if run.recipe.params["screen"] else arrays["indirect_effect"]
-    data = layout(effect.axis("layer").labels, effect.values) | {"unit": effect.unit}
+    data = layout(effect.axis("layer").labels, effect.values, run.recipe.params["kinds"])
+    data["unit"] = effect.unit
     what = "screen" if run.recipe.params["screen"] else "indirect effect"
     return Figure("heat", data, title=f"{run.recipe.model}: {what}, “{run.recipe.inputs['prompt']}”")
 
@@ -159,8 +166,17 @@ def trace_unet(
     """`clean`, `corrupted` (seed), `restored` (seed, layer), `indirect_effect`, `indirect_effect_sem`
     (layer), `screen` (layer)."""
     bench = Bench.of(model, params, inputs.prompt, scorer, report)
+    if (params.first_step or 0) >= bench.plan.steps:
+        raise RequestError(
+            f"--first-step {params.first_step} is past the last step, {bench.plan.steps - 1}; nothing would "
+            "be replaced."
+        )
     warn_lost_tokens(model, [inputs.prompt, *([inputs.replacement] if inputs.replacement else [])], report)
     trace = _Trace(bench, inputs, params, seeds)
+    if params.screen and len(seeds) > 1:
+        report.warn(
+            f"The screen looks at one seed, {seeds[0]}; exact cells (without --screen) take all of them."
+        )
     if params.screen or params.hint:
         report.plan(trace.screen_rows(), "screening")
         trace.take_screen()

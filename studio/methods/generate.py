@@ -26,7 +26,7 @@ class Inputs:
     """What to draw."""
 
     prompt: tuple[str, ...] = knob(
-        REQUIRED, "text to draw; give it again for more prompts", repeat=True, commas=False
+        REQUIRED, "the text to draw (repeat the option for more prompts)", repeat=True, commas=False
     )
     negative: str | None = knob(None, "negative prompt, in place of the empty text of the unconditional row")
 

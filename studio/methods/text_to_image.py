@@ -78,9 +78,10 @@ def check_corruption(inputs: CorruptionInputs) -> None:
             raise RequestError(
                 "--subject is missing: name the part of the prompt to corrupt, or give --replacement."
             )
-        find_span(inputs.prompt, inputs.subject, inputs.subject_occurrence, "--subject")
     elif not inputs.replacement.strip():
         raise RequestError("--replacement is empty; give the prompt to swap in.")
+    if inputs.subject.strip():
+        find_span(inputs.prompt, inputs.subject, inputs.subject_occurrence, "--subject")
 
 
 def corrupted_states(model: Any, inputs: CorruptionInputs, noise: float, seeds: Sequence[int]) -> Any:

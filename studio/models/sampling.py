@@ -76,7 +76,8 @@ def new_scheduler(model: DiffusionModel, plan: Plan):
         scheduler.set_timesteps(plan.steps, device=model.device)
     except ValueError as error:
         raise RequestError(
-            f"The scheduler {plan.scheduler} can't take {plan.steps} steps: {error}"
+            f"The scheduler {plan.scheduler} can't take {plan.steps} steps; take more steps or another "
+            f"scheduler."
         ) from error
     return scheduler
 

@@ -66,21 +66,21 @@ class TokenRow:
 
 
 def find_span(text: str, part: str, occurrence: int | None, option: str) -> tuple[int, int]:
-    """Characters (start, end) of `part` in `text`: whole words first, else any substring; letter case is
-    ignored.
+    """Characters (start, end) of `part` in `text`: whole words first, then any substring, each as written and
+    then with letter case ignored.
 
     RequestError when it is absent, or there more than once without an occurrence (counted from 1).
     """
     if not part.strip():
         raise RequestError(f"{option} is empty; name a part of the prompt, for example a word of it.")
-    pattern = re.escape(part.strip())
-    found = [m.span() for m in re.finditer(rf"(?<!\w){pattern}(?!\w)", text, re.IGNORECASE)]
-    found = found or [m.span() for m in re.finditer(pattern, text, re.IGNORECASE)]
+    within = re.escape(part.strip())
+    found: list[tuple[int, int]] = []
+    for pattern in (rf"(?<!\w){within}(?!\w)", within):
+        for flags in (0, re.IGNORECASE):
+            found = found or [m.span() for m in re.finditer(pattern, text, flags)]
     shown = part.strip()[:60]
     if not found:
-        raise RequestError(
-            f"{option} {shown!r} is not in the text {text[:120]!r}; name a part of it, letter for letter."
-        )
+        raise RequestError(f"{option} {shown!r} is not in the text {text[:120]!r}; name a part of it.")
     if occurrence is None and len(found) > 1:
         raise RequestError(
             f"{option} {shown!r} stands {len(found)} times in the text; say which with "
