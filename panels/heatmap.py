@@ -77,15 +77,15 @@ def chosen(event: gr.EventData, rows: int, cols: int) -> tuple[int, int]:
     return row, col
 
 
-def as_table(figure: Figure) -> list[list[str]]:
-    """The same numbers as rows of [name, value] for the table view, in reading order, cells without a
-    module left out."""
+def as_table(figure: Figure) -> str:
+    """The same numbers as lines "value, tab, place", in reading order; places without a module are left
+    out."""
     data = figure.data
-    return [
-        [name or f"{row}, {col}", number(float(v))]
-        for row, names, values in zip(
-            data["rows"], data["names"], np.asarray(data["values"], float), strict=True
-        )
-        for col, name, v in zip(data["cols"], names, values, strict=True)
+    values = np.asarray(data["values"], float)
+    lines = [
+        f"{number(float(v)):>9}\t{name or f'{row}, {col}'}"
+        for row, names, numbers in zip(data["rows"], data["names"], values, strict=True)
+        for col, name, v in zip(data["cols"], names, numbers, strict=True)
         if name
     ]
+    return "\n".join([f"{data['unit']}\tplace", *lines])

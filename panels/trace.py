@@ -59,7 +59,7 @@ def _form(methods: list[Method]) -> dict[str, Any]:
     form["seeds"] = gr.Textbox("0", label="Seeds", elem_id="trace-seeds", info=several)
     form["kinds"] = widgets.widget("trace", "kinds", *known["kinds"], _PRESETS["kinds"])
     with gr.Row():
-        form["run"] = gr.Button("Run", variant="primary", elem_id="trace-run")
+        form["run"] = gr.Button("Run", variant="primary", interactive=False, elem_id="trace-run")
         form["stop"] = gr.Button("Stop", elem_id="trace-stop", interactive=False)
     with gr.Accordion("Sampling and scoring", open=False):
         form["model"] = widgets.model_choice("trace", "diffusion", "atlas-sd")
@@ -86,7 +86,9 @@ def _outputs() -> dict[str, Any]:
                 visible=False, columns=7, height="auto", label="Layer by layer", elem_id="trace-strip"
             )
         with gr.Tab("Table", id="table"):
-            out["table"] = gr.Dataframe(headers=["place", "effect"], interactive=False, elem_id="trace-table")
+            out["table"] = gr.Textbox(
+                show_label=False, interactive=False, lines=12, max_lines=40, elem_id="trace-table"
+            )
         with gr.Tab("What this shows, and what it cannot", id="help"):
             gr.Markdown(widgets.page("trace"), elem_id="trace-help")
     with gr.Column(elem_id="trace-detail"):
@@ -151,10 +153,10 @@ class _Panel:
         yield from self.stream(job)
 
     def again(self, kept: dict | None, request: gr.Request) -> Iterator[dict]:
-        """After a reload: takes up the job that this browser started, while it runs."""
+        """The page is alive: Run can be pressed. A job that this browser started is taken up if it runs."""
+        yield {self.form["run"]: gr.Button(interactive=True)}
         job = self.job_of(kept)
         if job is None or job.over:
-            yield {self.out["status"]: gr.skip()}
             return
         self.viewers.watch(str(request.session_hash), job)
         yield from self.stream(job)
@@ -225,7 +227,7 @@ class _Panel:
             self.form["stop"]: gr.Button(interactive=True),
             out["status"]: "Starting …",
             out["figure"]: {"hint": "The first cells are on their way …"},
-            out["table"]: [],
+            out["table"]: "",
             out["text"]: ASK,
             out["export"]["row"]: gr.Row(visible=False),
             out["seed"]: gr.update(visible=False, choices=[], value=None),

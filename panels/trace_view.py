@@ -41,7 +41,7 @@ def drawn(recipe: Recipe, result: Result, out: dict[str, Any]) -> dict[Any, Any]
             for col, image in zip(figure.data["cols"], images, strict=True)
         ]
         hint = {"hint": "One image for each layer of the text encoder, below."}
-        return {out["strip"]: gr.Gallery(visible=True, value=pictures), out["figure"]: hint, out["table"]: []}
+        return {out["strip"]: gr.Gallery(visible=True, value=pictures), out["figure"]: hint, out["table"]: ""}
     return {out["figure"]: heatmap.as_value(figure), out["table"]: heatmap.as_table(figure)}
 
 

@@ -30,12 +30,7 @@ from studio.types import Recipe, Result, Run
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _log = logging.getLogger("locus")
-_KINDS = {
-    "diffusion": "a text-to-image model",
-    "clip": "a CLIP",
-    "language": "a language model",
-    "vision": "a vision model",
-}
+_KINDS = {"diffusion": "a text-to-image model", "clip": "a CLIP"}
 _LIBRARIES = ("locus-studio", "torch", "diffusers", "transformers", "open_clip_torch", "numpy")
 
 
@@ -140,10 +135,8 @@ class Session:
         source = locate(name, self.models_folder)
         if source.kind != kind:
             want = _KINDS.get(kind, kind)
-            raise RequestError(
-                f"{name} is {_KINDS.get(source.kind, 'of another kind')}, and {want} is needed here; "
-                "see `locus models`."
-            )
+            own = _KINDS.get(source.kind) or f"a {source.family or source.kind} model"
+            raise RequestError(f"{name} is {own}, and {want} is needed here; see `locus models`.")
         key = (str(source.path.resolve()), source.fingerprint, self.dtype)
         if key not in self._loaded:
             self._make_room(source)

@@ -64,9 +64,9 @@ def test_foreign_folders(opened: Session, tmp_path: Path, file: str, content: An
 
 def test_each_kind_is_refused_where_the_other_is_needed(opened: Session) -> None:
     says = layouts.sentence(opened, "atlas-clip", RequestError)
-    assert "atlas-clip is a open_clip model, and a text-to-image model is needed" in says
+    assert "atlas-clip is a CLIP, and a text-to-image model is needed" in says
     says = layouts.sentence(opened, "atlas-sd", RequestError, kind="clip")
-    assert "atlas-sd is a sd1 model, and a CLIP is needed" in says
+    assert "atlas-sd is a text-to-image model, and a CLIP is needed" in says
 
 
 def test_an_empty_folder(opened: Session, tmp_path: Path) -> None:

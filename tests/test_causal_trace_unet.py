@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from studio import Recipe
-from studio.errors import Cancelled
+from studio.errors import Cancelled, RequestError
 from studio.methods.causal_trace_unet import KINDS, layout, windows
 from studio.models.hooks import hook_count
 from studio.types import Site
@@ -181,8 +181,11 @@ def test_swapping_in_the_same_prompt_does_nothing(session: Any) -> None:
 
 
 def test_a_step_range_lies_between_nothing_and_everything(session: Any) -> None:
-    none = trace(session, window=99, first_step=90, last_step=99).result.arrays
-    np.testing.assert_allclose(none["indirect_effect"].values, 0, atol=1e-3)
+    arrays = trace(session, window=99, first_step=2).result.arrays
+    effect, total = arrays["indirect_effect"].values, -float(arrays["corrupted"].values[0])
+    assert (np.abs(effect) > 0).all() and (np.abs(effect) < 0.9 * total).all()
+    with pytest.raises(RequestError, match="past the last step"):
+        trace(session, first_step=3)
 
 
 def test_screen_counts_few_rows_and_knows_the_planted_layer(session: Any, atlas: Any) -> None:

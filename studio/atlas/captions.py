@@ -101,11 +101,11 @@ def _things(
 def _styled(phrase: str, style: int, rng: np.random.Generator) -> str:
     name = ATTRIBUTES["style"][style]
     if name == "flat":
-        return (
-            str(rng.choice(_STYLE_WORDS["flat"])).format(phrase.removeprefix("a ").removeprefix("an "))
-            if rng.random() < 0.15
-            else phrase
-        )
+        if rng.random() >= 0.15:
+            return phrase
+        one = phrase.split()[0] in ("a", "an")  # "a flat star", but "two stars in flat style"
+        form = str(rng.choice(_STYLE_WORDS["flat"])) if one else "{} in flat style"
+        return form.format(phrase.removeprefix("a ").removeprefix("an "))
     if rng.random() < 0.45:
         return str(rng.choice(_STYLE_WORDS[name])).format(phrase)
     artist = ARTISTS[name].lower()

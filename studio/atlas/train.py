@@ -159,6 +159,9 @@ def ship_pipeline(pipe: Any) -> None:
     for part in (pipe.vae, pipe.text_encoder, pipe.unet):
         part.to(torch.float16)
     pipe.save_pretrained(folder)
+    for config in folder.glob("*/config.json"):  # diffusers notes the folder of this machine
+        kept = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+        config.write_text(json.dumps(kept, indent=2) + "\n")
     write_tokenizer(folder / "tokenizer")  # with vocab.json and merges.txt, which older readers look for
 
 

@@ -95,7 +95,7 @@ def test_one_whole_path(visit: Visit, tmp_path: Any) -> None:
 def test_the_table_holds_the_same_numbers(visit: Visit) -> None:
     page = ran(visit)
     page.get_by_role("tab", name="Table").click()
-    page.wait_for_function("document.querySelector('#trace-table').textContent.includes('up_blocks.2')")
+    page.wait_for_function("document.querySelector('#trace-table textarea')?.value.includes('up_blocks.2')")
 
 
 def test_keyboard_moves_and_picks(visit: Visit) -> None:
