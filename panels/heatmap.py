@@ -47,7 +47,7 @@ class HeatMap(gr.HTML):
         return {"type": "object"}
 
 
-def as_value(figure: Figure, chosen: tuple[int, int] | None = None) -> dict[str, Any]:
+def as_value(figure: Figure) -> dict[str, Any]:
     """The value of a HeatMap for a figure of kind heat; NaN travels as None."""
     data = figure.data
     values = np.asarray(data["values"], float)
@@ -61,7 +61,6 @@ def as_value(figure: Figure, chosen: tuple[int, int] | None = None) -> dict[str,
         "unit": data["unit"],
         "limit": scale_limit(values),
         "palette": palette,
-        "chosen": list(chosen) if chosen else None,
     }
     return json.loads(json.dumps(value))
 

@@ -1,6 +1,6 @@
 // Draws the heat map of panels/heatmap.py. Gradio runs this body with `element`, `props`, `trigger`, `watch`.
 const root = element.querySelector('.map'), said = element.querySelector('.said'), NS = 'http://www.w3.org/2000/svg';
-let cur = [0, 0];
+let cur = [0, 0], held = null;
 const data = () => props.value && props.value.rows ? props.value : null;
 function svg(tag, attrs, text) {
   const e = document.createElementNS(NS, tag);
@@ -51,7 +51,7 @@ function draw() {
   } else {
     for (let r = 0; r < R; r++) for (let c = 0; c < C; c++) {
       if (!d.names[r][c]) continue;
-      const v = d.z[r][c], chosen = d.chosen && d.chosen[0] === r && d.chosen[1] === c;
+      const v = d.z[r][c], chosen = held && held[0] === r && held[1] === c && held[2] === d.names[r][c];
       const g = svg('g', {class: 'cell' + (v === null ? ' waiting' : '') + (chosen ? ' chosen' : ''), 'data-row': r, 'data-col': c, role: 'gridcell',
         'aria-label': shown(d, r, c)});
       g.append(svg('rect', {x: left + c * w, y: top + r * h, width: w, height: h, rx: 2, fill: colour(d, v)}), svg('title', {}, shown(d, r, c)));
@@ -73,7 +73,7 @@ function mark(r, c) {
   if (g) { g.classList.add('chosen'); g.scrollIntoView({block: 'nearest', inline: 'nearest'}); }
   said.textContent = shown(data(), r, c);
 }
-function pick(r, c) { mark(r, c); trigger('select', {row: r, col: c}); }
+function pick(r, c) { mark(r, c); held = [r, c, data().names[r][c]]; trigger('select', {row: r, col: c}); }
 root.addEventListener('click', e => {
   const t = e.target.closest('.cell');
   if (t) { root.focus({preventScroll: true}); pick(+t.dataset.row, +t.dataset.col); }
@@ -88,8 +88,8 @@ root.addEventListener('keydown', e => {
     do { r += step[0]; c += step[1]; } while (r >= 0 && c >= 0 && r < R && c < C && !d.names[r][c]);
     if (r >= 0 && c >= 0 && r < R && c < C) mark(r, c);
   }
-  else if (e.key === 'Home') mark(r, d.names[r].findIndex(Boolean));
-  else if (e.key === 'End') mark(r, C - 1 - [...d.names[r]].reverse().findIndex(Boolean));
+  else if (e.key === 'Home' && d.names[r].some(Boolean)) mark(r, d.names[r].findIndex(Boolean));
+  else if (e.key === 'End' && d.names[r].some(Boolean)) mark(r, C - 1 - [...d.names[r]].reverse().findIndex(Boolean));
   else if ((e.key === 'Enter' && !e.ctrlKey && !e.metaKey) || e.key === ' ') { if (d.names[r][c]) pick(r, c); }
   else return;
   e.preventDefault();

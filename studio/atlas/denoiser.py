@@ -37,6 +37,7 @@ UNET_CONFIG = dict(
     norm_num_groups=6,
 )
 GUIDANCE, STEPS = 3.0, 20
+POOL = 60_000  # training scenes
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -56,7 +57,7 @@ def new_scheduler() -> DDIMScheduler:
 
 
 @torch.no_grad()
-def latent_pool(vae: AutoencoderKL, path: Path, n: int, seed: int) -> tuple[Scenes, torch.Tensor]:
+def latent_pool(vae: AutoencoderKL, path: Path, n: int = POOL, seed: int = 30) -> tuple[Scenes, torch.Tensor]:
     """`n` training scenes and their latents (n, 4, 16, 16) float16; the latents are kept at `path` between
     sittings."""
     scenes = draw_scenes(n, np.random.default_rng(seed))
@@ -81,7 +82,7 @@ def train_unet(
     *,
     seed: int = 0,
     batch: int = 32,
-    pool: int = 60000,
+    pool: int = POOL,
     lr: float = 1e-3,
     compiled: bool = True,
     device: str = "cpu",

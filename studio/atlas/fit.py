@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -47,6 +48,35 @@ def rate(progress: float, step: int, warmup: int) -> float:
     return min(1.0, (step + 1) / warmup) * max(decay, 0.01)
 
 
+def alone() -> bool:
+    """Whether this process trains by itself, without others that see other samples."""
+    return not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+
+
+def first() -> bool:
+    """Whether this process logs and saves: the only one, or the first of several."""
+    return alone() or dist.get_rank() == 0
+
+
+def _share_gradients(module: nn.Module) -> None:
+    """Puts the mean of all processes' gradients in each of them."""
+    parts = [p.grad for p in module.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in parts])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for part, value in zip(parts, flat.split([g.numel() for g in parts]), strict=True):
+        part.copy_(value.view_as(part))
+
+
+def _agree(progress: float) -> float:
+    """The first process's progress, in every process."""
+    if alone():
+        return progress
+    said = torch.tensor([progress], dtype=torch.float64)
+    dist.broadcast(said, 0)
+    return float(said)
+
+
 class Sitting:
     """One sitting: a module with its optimizer and average, what earlier sittings did, and what this one
     did since its start and since its last line of log."""
@@ -56,6 +86,9 @@ class Sitting:
         self.done: dict[str, float] = {"steps": 0, "minutes": 0.0}
         if path.exists():
             self.done = _resume(path, module, optimizer, average)
+        if not alone():
+            for value in module.state_dict().values():
+                dist.broadcast(value, 0)
         self.step, self.sums, self.count = 0, {}, 0
         self.start = self.saved = self.logged = time.monotonic()
 
@@ -66,6 +99,8 @@ class Sitting:
         result = loss(self.done["steps"] + self.step)
         value, parts = result if isinstance(result, tuple) else (result, {})
         value.backward()
+        if not alone():
+            _share_gradients(self.module)
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -87,11 +122,13 @@ class Sitting:
         self.sums, self.count, self.logged = {}, 0, now
 
     def save(self) -> dict[str, float]:
-        """Writes the checkpoint; returns {"steps", "minutes"} of all sittings and the last logged loss."""
+        """Writes the checkpoint (one process does); returns {"steps", "minutes"} of all sittings and the last
+        logged loss."""
         self.saved = time.monotonic()
         steps = self.done["steps"] + self.step
         minutes = self.done["minutes"] + (self.saved - self.start) / 60
-        _save(self.path, self.module, self.optimizer, self.average, steps, minutes)
+        if first():
+            _save(self.path, self.module, self.optimizer, self.average, steps, minutes)
         return {**self.done, "steps": steps, "minutes": minutes}
 
 
@@ -111,6 +148,8 @@ def fit(
     """Trains `module` in place for `minutes` by AdamW on `loss(step)`, ends with the averaged weights in it.
 
     Resumes from `checkpoint` when it exists and writes it every few minutes, at the end, and on SIGTERM.
+    In a process group the gradients are averaged over its processes at every step, and the first one keeps
+    the time.
     Returns {"steps": in all sittings, "minutes": in all sittings, "loss": the last logged mean}.
     """
     optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
@@ -118,10 +157,13 @@ def fit(
     stop: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     try:
-        while (now := time.monotonic()) - sitting.start < 60 * minutes and not stop:
-            progress = (now - sitting.start) / 60 / minutes
+        while True:
+            spent = (time.monotonic() - sitting.start) / 60 / minutes if minutes > 0 else 1.0
+            progress = _agree(1.0 if stop else spent)
+            if progress >= 1:
+                break
             sitting.learn(loss, lr * rate(progress, sitting.step, warmup))
-            if time.monotonic() - sitting.logged > 20:
+            if time.monotonic() - sitting.logged > 20 and first():
                 sitting.log()
             if time.monotonic() - sitting.saved > keep_every:
                 sitting.save()

@@ -39,12 +39,14 @@ class Options:
     """auto, cpu or cuda"""
     threads: int = 1
     """threads of the CPU; several busy threads stall one another on a machine that is shared"""
+    workers: int = 1
+    """processes that train the UNet together on the CPU, each on its own samples with `threads` threads"""
     seed: int = 0
     """seed of the first weights"""
     fresh: bool = False
     """start from nothing, whatever is there"""
     batch: int = 32
-    """samples of one step (atlas-sd's UNet)"""
+    """samples of one step (atlas-sd's UNet), shared out among the workers"""
     lr: float = 1e-3
     """peak learning rate"""
     compile: bool = True
@@ -53,12 +55,31 @@ class Options:
 
 def main(options: Options) -> None:
     """Trains, measures, saves."""
-    torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
     work = home() / "training" / options.name
     if options.fresh:
         shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True, exist_ok=True)
+    if options.workers == 1:
+        return _train(options, work)
+    if options.name != "atlas-sd":
+        raise SystemExit("Several workers train atlas-sd's UNet only: leave out --workers.")
+    _parts(options, work, pool=True)  # once, before there are several who would make them
+    meeting = work / "meeting"
+    meeting.unlink(missing_ok=True)
+    torch.multiprocessing.spawn(_together, (options, work, meeting), nprocs=options.workers)
+
+
+def _together(rank: int, options: Options, work: Path, meeting: Path) -> None:
+    """One of several processes, which meet through a file."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=options.workers
+    )
+    _train(options, work)
+
+
+def _train(options: Options, work: Path) -> None:
+    torch.set_num_threads(options.threads)
+    device = pick_device(options.device)
     {"judge": _judge, "atlas-clip": _clip, "atlas-sd": _diffusion}[options.name](options, device, work)
 
 
@@ -121,6 +142,7 @@ def _clip(options: Options, device: str, work: Path) -> None:
 
 def _diffusion(options: Options, device: str, work: Path) -> None:
     from studio.atlas.denoiser import assemble, measure_pipeline, train_unet
+    from studio.atlas.fit import first
 
     vae, text, tokenizer, facts = _parts(options, work)
     start = None if options.fresh or not (SHIPPED / "atlas-sd" / "unet").exists() else _shipped_unet()
@@ -131,18 +153,20 @@ def _diffusion(options: Options, device: str, work: Path) -> None:
         tokenizer,
         work,
         seed=options.seed,
-        batch=options.batch,
+        batch=options.batch // options.workers,
         lr=options.lr,
         compiled=options.compile,
         device=device,
         start=start,
     )
+    if not first():
+        return
     pipe = assemble(vae.cpu(), text.cpu(), tokenizer, unet.cpu())
     right = measure_pipeline(pipe, the_judge(work))
     ship_pipeline(pipe)
     facts |= {
         "UNet steps": done["steps"],
-        "UNet samples": done["samples"],
+        "UNet samples": done["samples"] * options.workers,
         "UNet minutes in all": done["minutes"],
         "seed": options.seed,
         "device": device,
@@ -194,11 +218,15 @@ def _shipped_unet() -> Any:
     return UNet2DConditionModel.from_pretrained(SHIPPED / "atlas-sd" / "unet", dtype=torch.float32)
 
 
-def _parts(options: Options, work: Path) -> tuple[Any, Any, Any, dict[str, Any]]:
-    """Autoencoder, text encoder and tokenizer: shipped ones, or trained first in a quarter of the time."""
+def _parts(options: Options, work: Path, pool: bool = False) -> tuple[Any, Any, Any, dict[str, Any]]:
+    """Autoencoder, text encoder and tokenizer: shipped ones, or trained first in a quarter of the time.
+
+    With `pool` the pictures' latents are made too.
+    """
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from studio.atlas.denoiser import latent_pool
     from studio.atlas.latents import images_for, psnr, train_vae
     from studio.atlas.text_encoder import train_text_encoder
     from studio.atlas.tokenizer import write_tokenizer
@@ -223,6 +251,8 @@ def _parts(options: Options, work: Path) -> tuple[Any, Any, Any, dict[str, Any]]
     vae = AutoencoderKL.from_pretrained(source / "vae", dtype=torch.float32).eval()
     text = CLIPTextModel.from_pretrained(source / "text_encoder", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
+    if pool:
+        latent_pool(vae, work / "latents.npy", seed=options.seed + 30)
     return (
         vae,
         text,

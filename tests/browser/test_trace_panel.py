@@ -57,10 +57,12 @@ def quick(page: Any, steps: str = "4") -> None:
 
 
 def ran(visit: Visit, steps: str = "4") -> Any:
-    """The page after one finished run."""
+    """The page after one finished run, its map drawn (status and map are two components: either may come
+    first)."""
     quick(visit.page, steps)
     visit.page.click("#trace-run")
     visit.status("Done")
+    visit.cells()
     return visit.page
 
 
