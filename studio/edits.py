@@ -43,12 +43,20 @@ def read_edit(path: str | Path) -> Edit:
         raise foreign
     try:
         concepts = json.loads(note.get("locus.concepts", "[]"))
+        replacements = json.loads(note.get("locus.replacements", "[]"))
         params = json.loads(note.get("locus.params", "{}"))
     except ValueError as error:
         raise foreign from error
-    if not isinstance(concepts, list) or not isinstance(params, dict):
+    if not isinstance(concepts, list) or not isinstance(params, dict) or not isinstance(replacements, list):
         raise foreign
-    return Edit(deltas, note["locus.base_fingerprint"], tuple(concepts), params)
+    return Edit(
+        deltas,
+        note["locus.base_fingerprint"],
+        tuple(concepts),
+        params,
+        note.get("locus.method", ""),
+        tuple(replacements),
+    )
 
 
 def edit_hash(path: str | Path) -> str:

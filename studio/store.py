@@ -24,9 +24,10 @@ import numpy as np
 
 from studio import figures
 from studio.errors import RequestError, StudioError
-from studio.types import Axis, Figure, Recipe, Result, Run, Trace
+from studio.types import Axis, Edit, Figure, Recipe, Result, Run, Trace
 
 _HIDDEN = ".partial-"
+EDIT_FILE = "edit.safetensors"  # in the folder of a run that made an edit
 
 
 class Store:
@@ -157,11 +158,37 @@ def _fill(run: Run, folder: Path, figure: Figure | None) -> None:
     (folder / "images").mkdir()
     for name, pixels in run.result.images.items():
         Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
+    if run.result.edit is not None:
+        write_edit(run.result.edit, folder / EDIT_FILE)
     if figure is not None:
         for kind in figures.FORMATS:
             (folder / f"figure.{kind}").write_bytes(figures.to_bytes(figure, kind, record["recipe"]))
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+
+
+def write_edit(edit: Edit, path: Path) -> None:
+    """Writes an edit file (contract), beside its place first; StudioError when that fails."""
+    from safetensors.numpy import save_file
+
+    note = {
+        "locus.method": edit.method,
+        "locus.base_fingerprint": edit.base_fingerprint,
+        "locus.concepts": json.dumps(list(edit.concepts), ensure_ascii=False),
+        "locus.replacements": json.dumps(list(edit.replacements), ensure_ascii=False),
+        "locus.params": json.dumps(dict(edit.params), ensure_ascii=False),
+    }
+    deltas = {n: np.ascontiguousarray(d, np.float32) for n, d in edit.deltas.items()}
+    beside = path.parent / f"{_HIDDEN}{os.getpid()}-{path.name[:50]}"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(deltas, beside, metadata=note)
+        beside.replace(path)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
+        raise StudioError(f"The edit could not be saved as {path}: {reason}.") from error
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def as_record(run: Run) -> dict[str, Any]:

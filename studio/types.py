@@ -148,13 +148,30 @@ class Trace:
 
 
 @dataclass(frozen=True, eq=False)
+class Edit:
+    """An overlay: float32 deltas by parameter name, never written into the base weights.
+
+    `method`, `concepts`, `replacements` (as many) and `params` (JSON values) say how it was made, which is
+    what a joint solution of several edits starts from.
+    """
+
+    deltas: Mapping[str, np.ndarray]
+    base_fingerprint: str
+    concepts: tuple[str, ...] = ()
+    params: Mapping[str, Any] = field(default_factory=dict)
+    method: str = ""
+    replacements: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Result:
-    """What a method returns: named arrays, short values, and images (H, W, 3) uint8 named by what they
-    show."""
+    """What a method returns: named arrays, short values, images (H, W, 3) uint8 named by what they show, and
+    the edit that it made, if it makes one."""
 
     arrays: Mapping[str, Trace] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     images: Mapping[str, np.ndarray] = field(default_factory=dict)
+    edit: Edit | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -172,16 +189,6 @@ class Run:
     key: str = ""
     model: Mapping[str, Any] = field(default_factory=dict)
     id: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Edit:
-    """An overlay: float32 deltas by parameter name, never written into the base weights."""
-
-    deltas: Mapping[str, np.ndarray]
-    base_fingerprint: str
-    concepts: tuple[str, ...] = ()
-    params: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
