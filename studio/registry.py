@@ -77,6 +77,7 @@ class Method:
     draw: Callable[[Run], Figure]
     seeds: tuple[int, ...]
     check: Callable[..., None] | None
+    saves: str = ""
 
     @property
     def endpoint(self) -> str:
@@ -102,14 +103,14 @@ def method(
     needs: set[str] = frozenset(),
     seeds: tuple[int, ...] = (0,),
     check: Callable[..., None] | None = None,
+    saves: str = "",
 ) -> Callable:
-    """Registers the decorated function. `check(model, inputs, params, seeds)` refuses a request before it
-    is queued."""
+    """Registers the decorated function. `check(inputs, params, seeds)` refuses a request before it is queued;
+    `saves` says what the method makes that its command's --save writes to a file."""
 
     def register(run: Callable[..., Result]) -> Callable[..., Result]:
-        METHODS[name] = Method(
-            name, title, summary, paper, family, frozenset(needs), inputs, params, run, draw, seeds, check
-        )
+        rest = (frozenset(needs), inputs, params, run, draw, seeds, check, saves)
+        METHODS[name] = Method(name, title, summary, paper, family, *rest)
         return run
 
     return register

@@ -18,7 +18,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from studio.edits import edit_hash, overlay, read_edit
+from studio.edit_files import Shelf, mark
+from studio.edits import Composer, overlay
 from studio.errors import Cancelled, RequestError, StudioError
 from studio.jobs import Job, JobQueue
 from studio.models.catalog import DEFAULT_SCORER
@@ -70,6 +71,7 @@ class Session:
         self.store = Store(runs or home() / "runs")
         self._memory = memory
         self._loaded: OrderedDict[tuple, Any] = OrderedDict()
+        self.shelf, self._composer = Shelf(), Composer()
         self.queue = JobQueue(self._execute)
 
     # ---- asking -------------------------------------------------------------------------------------------
@@ -119,8 +121,13 @@ class Session:
         )
         if method.check:
             method.check(inputs, params, seeds)
-        for path in recipe.edits:
-            read_edit(path)
+        if recipe.edits and method.saves:
+            raise RequestError(
+                f"{method.name} starts from the model's own weights, so it takes no --edit; use its file "
+                "together with others afterwards."
+            )
+        for entry in recipe.edits:
+            self.shelf.open(entry)
         return replace(recipe, inputs=plain(inputs), params=plain(params), seeds=seeds)
 
     def close(self) -> None:
@@ -186,7 +193,7 @@ class Session:
 
     def _scorer(self, params: Any, model: Any, job: Job) -> Any:
         metric = getattr(params, "metric", None)
-        if metric is None or metric == "distance":
+        if metric is None or metric == "distance" or not getattr(params, "scored", True):
             return None
         name = params.scorer or model.source.defaults.get("scorer")
         if name is None and model.source.kind == "diffusion":
@@ -215,7 +222,7 @@ class Session:
         key = recipe.key(
             model.fingerprint,
             self.dtype,
-            tuple(map(edit_hash, recipe.edits)),
+            tuple(mark(self.shelf.open(entry)) for entry in recipe.edits),
             scorer.fingerprint if scorer else None,
         )
         anew = job.options.get("fresh") or job.options.get("out") is not None
@@ -240,10 +247,11 @@ class Session:
     def _attempt(self, method: Method, arguments: tuple, job: Job) -> tuple[Run, Exception | None]:
         """(the run, what ended it early or None); an end before the first partial result is raised."""
         started, clock, rows = datetime.now(UTC), time.monotonic(), self.batch
-        edits = [read_edit(path) for path in job.recipe.edits]
+        edits = [self.shelf.open(entry) for entry in job.recipe.edits]
+        forced = bool(job.options.get("force"))
         result, failure = None, None
         try:
-            with overlay(arguments[0], edits, force=bool(job.options.get("force"))):
+            with overlay(arguments[0], edits, force=forced, composer=self._composer):
                 result, rows = self._with_less_memory(method, arguments, job)
         except Exception as error:  # raised again once what was measured is kept
             failure = error

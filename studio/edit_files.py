@@ -1,0 +1,130 @@
+"""Edit files: reading them, their strength where they are used (`FILE@0.6`), and a shelf of the last ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from studio.edits import Active
+from studio.errors import RequestError
+from studio.types import Edit
+
+STRONGEST = 100.0
+_SHELF_BYTES = 2 * 10**9
+
+
+def read_edit(path: str | Path) -> Edit:
+    """Reads an edit file (safetensors, contract); RequestError when it isn't one."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(os.path.expanduser(path))
+    if not os.path.isfile(path):
+        raise RequestError(f"There is no edit file {str(path)[:200]}.")
+    try:
+        with safe_open(path, "np") as opened:
+            note = opened.metadata() or {}
+            kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+            deltas = {name: opened.get_tensor(name) for name, kind in kinds.items() if kind == "F32"}
+    except (SafetensorError, OSError) as error:
+        raise RequestError(
+            f"{path} is no safetensors file, or it is cut short; save the edit again."
+        ) from error
+    foreign = RequestError(
+        f"{path} is no edit file of Locus: its metadata lack locus.base_fingerprint, its names are foreign, "
+        "or its deltas are not float32."
+    )
+    if (
+        "locus.base_fingerprint" not in note
+        or set(kinds) != set(deltas)
+        or any(not n.startswith(("unet.", "text_encoder")) for n in deltas)
+    ):
+        raise foreign
+    try:
+        concepts = json.loads(note.get("locus.concepts", "[]"))
+        replacements = json.loads(note.get("locus.replacements", "[]"))
+        params = json.loads(note.get("locus.params", "{}"))
+    except ValueError as error:
+        raise foreign from error
+    if not isinstance(concepts, list) or not isinstance(params, dict) or not isinstance(replacements, list):
+        raise foreign
+    _check_finite(path, deltas)
+    method = note.get("locus.method", "")
+    return Edit(deltas, note["locus.base_fingerprint"], tuple(concepts), params, method, tuple(replacements))
+
+
+def _check_finite(path: Path, deltas: dict[str, np.ndarray]) -> None:
+    for name, delta in deltas.items():
+        if not np.isfinite(delta.sum()) and not np.isfinite(delta).all():
+            raise RequestError(f"{path} holds NaN or infinity in {name}; make the edit again.")
+
+
+def split_entry(entry: str) -> tuple[str, float]:
+    """(path, strength) of `PATH` or `PATH@STRENGTH`; a file whose own name ends so is a path."""
+    path, at, tail = entry.rpartition("@")
+    if not at or os.path.isfile(os.path.expanduser(entry)):
+        return entry, 1.0
+    try:
+        strength = float(tail)
+    except ValueError:
+        if not os.path.isfile(os.path.expanduser(path)):
+            return entry, 1.0
+        strength = math.nan
+    if not abs(strength) <= STRONGEST:
+        raise RequestError(
+            f"The strength of an edit must be a number from {-STRONGEST:g} to {STRONGEST:g}, as in "
+            f"{path[-80:]}@0.6, not {tail[:40]!r}."
+        )
+    return path, strength
+
+
+class Shelf:
+    """Edits by the entries of recipes, read once as long as their files stay the same."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple, tuple[Edit, str]] = OrderedDict()
+
+    def open(self, entry: str) -> Active:
+        """The edit of `PATH` or `PATH@STRENGTH`, with the SHA-256 of the file's bytes as its digest."""
+        path, strength = split_entry(entry)
+        stamp = _stamp(path)
+        with self._lock:
+            found = self._kept.get(stamp) if stamp else None
+        if found is None:
+            edit = read_edit(path)
+            found = (edit, hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest())
+            self._keep(stamp, found)
+        return Active(found[0], strength, found[1])
+
+    def _keep(self, stamp: tuple | None, found: tuple[Edit, str]) -> None:
+        with self._lock:
+            if stamp:
+                self._kept[stamp] = found
+            while len(self._kept) > 1 and sum(_size(e) for e, _ in self._kept.values()) > _SHELF_BYTES:
+                self._kept.popitem(last=False)
+
+
+def _size(edit: Edit) -> int:
+    return sum(d.nbytes for d in edit.deltas.values())
+
+
+def _stamp(path: str) -> tuple[Any, ...] | None:
+    """What tells one state of a file from another."""
+    try:
+        stat = os.stat(os.path.expanduser(path))
+    except (OSError, ValueError):
+        return None
+    return os.path.abspath(os.path.expanduser(path)), stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def mark(active: Active) -> str:
+    """What a run's key holds of an edit: its file's hash, and its strength where that is not 1."""
+    return active.digest if active.strength == 1 else f"{active.digest}@{active.strength!r}"
