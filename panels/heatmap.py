@@ -47,8 +47,12 @@ class HeatMap(gr.HTML):
         return {"type": "object"}
 
 
-def as_value(figure: Figure) -> dict[str, Any]:
-    """The value of a HeatMap for a figure of kind heat; NaN travels as None."""
+def as_value(figure: Figure, again: bool = False) -> dict[str, Any]:
+    """The value of a HeatMap for a figure of kind heat; NaN travels as None.
+
+    Of two values that reach the page at almost the same time Gradio's HTML component may keep the first, so
+    the last value of a stream is sent once more: with `again`, which makes it another value.
+    """
     data = figure.data
     values = np.asarray(data["values"], float)
     z = [[round(float(v), 6) if math.isfinite(v) else None for v in row] for row in values]
@@ -61,6 +65,7 @@ def as_value(figure: Figure) -> dict[str, Any]:
         "unit": data["unit"],
         "limit": scale_limit(values),
         "palette": palette,
+        "again": again,
     }
     return json.loads(json.dumps(value))
 

@@ -29,7 +29,7 @@ EXAMPLES = [
     ["a sketch of a green house on a mint background", "sketch"],
 ]
 _MAIN = ("prompt", "subject")
-_PRESETS = {"kinds": ("cross-attention",)}
+_KINDS = {"trace-unet": ("cross-attention",), "trace-text-encoder": None}  # ticked at the start; None: all
 _QUIET = dict(queue=False, show_progress="hidden", api_visibility="private")
 
 
@@ -57,7 +57,7 @@ def _form(methods: list[Method]) -> dict[str, Any]:
         form[name] = widgets.widget("trace", name, *known[name], example)
     several = "Separated by commas; two or more give standard errors."
     form["seeds"] = gr.Textbox("0", label="Seeds", elem_id="trace-seeds", info=several)
-    form["kinds"] = widgets.widget("trace", "kinds", *known["kinds"], _PRESETS["kinds"])
+    form |= _kinds()
     with gr.Row():
         form["run"] = gr.Button("Run", variant="primary", interactive=False, elem_id="trace-run")
         form["stop"] = gr.Button("Stop", elem_id="trace-stop", interactive=False)
@@ -67,9 +67,20 @@ def _form(methods: list[Method]) -> dict[str, Any]:
             form[name] = widgets.widget("trace", name, *known[name])
     with gr.Accordion("More options", open=False):
         for name, (f, kind) in known.items():
-            if name not in form:
-                form[name] = widgets.widget("trace", name, f, kind, _PRESETS.get(name))
+            if name not in form and name != "kinds":
+                form[name] = widgets.widget("trace", name, f, kind)
     gr.Examples(EXAMPLES, [form[n] for n in _MAIN], label="Examples", elem_id="trace-examples")
+    return form
+
+
+def _kinds() -> dict[str, Any]:
+    """The kinds of each method, which are not the same; those of the first method show."""
+    form = {}
+    for number, (name, ticked) in enumerate(_KINDS.items()):
+        chosen = find_method(name)
+        knob = widgets.knobs([chosen])["kinds"]
+        look = dict(visible=number == 0, elem_id=f"trace-kinds{'-' + name if number else ''}")
+        form[widgets.own("kinds", chosen)] = widgets.widget("trace", "kinds", *knob, ticked, **look)
     return form
 
 
@@ -93,7 +104,7 @@ def _outputs() -> dict[str, Any]:
             gr.Markdown(widgets.page("trace"), elem_id="trace-help")
     with gr.Column(elem_id="trace-detail"):
         out["text"] = gr.Textbox(ASK, lines=2, max_lines=8, elem_id="trace-detail-text", **line)
-        out["seed"] = gr.Radio([], label="Seed", visible=False, elem_id="trace-detail-seed")
+        out["seed"] = widgets.Choice([], label="Seed", visible=False, elem_id="trace-detail-seed")
         with gr.Row(elem_id="trace-images"):
             _pictures(out)
     out["export"] = widgets.export_buttons("trace")
@@ -121,7 +132,8 @@ class _Panel:
         self.state = gr.State({})
         self.client = gr.BrowserState({}, storage_key="locus-trace", secret="locus")
         self.named = {c: n for n, c in form.items() if n not in ("run", "stop")}
-        self.switched = [n for n in widgets.knobs([find_method(m) for m in METHODS]) if n in form]
+        knobs = widgets.knobs([find_method(m) for m in METHODS])
+        self.switched = [n for n in form if n in knobs or n.startswith("kinds-")]
 
     def wire(self) -> None:
         """Connects buttons, fields, the map, loading and leaving."""
@@ -187,16 +199,10 @@ class _Panel:
         return detail(recipe, result, figure_of(recipe, result), tuple(kept["cell"]), seed, self.out)
 
     def switch(self, name: str) -> list[Any]:
-        """Another method was chosen: its own knobs show, with its own kinds."""
-        mine = widgets.knobs([find_method(name)])
-        updates = []
-        for knob in self.switched:
-            update: dict[str, Any] = {"visible": knob in mine}
-            if knob == "kinds" and knob in mine:
-                choices = list(mine[knob][0].metadata["choices"])
-                update |= {"choices": choices, "value": choices[:1] if name == "trace-unet" else choices}
-            updates.append(gr.update(**update))
-        return updates
+        """Another method was chosen: its own knobs show."""
+        chosen = find_method(name)
+        mine = {*widgets.knobs([chosen]), widgets.own("kinds", chosen)}
+        return [gr.update(visible=knob in mine) for knob in self.switched]
 
     def job_of(self, kept: dict | None) -> Job | None:
         """The recent job that a page's kept ids name."""
@@ -252,8 +258,7 @@ class _Panel:
         final: dict[Any, Any] = {stop: gr.Button(interactive=False), out["status"]: widgets.status(job, 0)}
         if job.run is not None and job.run.id:
             final |= widgets.exported(self.session.store.path(job.run.id), out["export"])
-        if last is None:
-            final[out["figure"]] = {"hint": HINT}
+        final |= drawn(job.recipe, last, out, again=True) if last else {out["figure"]: {"hint": HINT}}
         yield final
 
     def kept(self, job: Job) -> dict[str, Any]:

@@ -31,8 +31,8 @@ def figure_of(recipe: Recipe, result: Result) -> Figure:
     return find_method(recipe.method).draw(Run(shown, "done", "", 0.0, {}, result))
 
 
-def drawn(recipe: Recipe, result: Result, out: dict[str, Any]) -> dict[Any, Any]:
-    """Updates of map and table (of the gallery for images) for these results."""
+def drawn(recipe: Recipe, result: Result, out: dict[str, Any], again: bool = False) -> dict[Any, Any]:
+    """Updates of map and table (of the gallery for images) for these results; `again` for the last time."""
     figure = figure_of(recipe, result)
     if figure.kind == "strip":
         pictures = [
@@ -42,7 +42,7 @@ def drawn(recipe: Recipe, result: Result, out: dict[str, Any]) -> dict[Any, Any]
         ]
         hint = {"hint": "One image for each layer of the text encoder, below."}
         return {out["strip"]: gr.Gallery(visible=True, value=pictures), out["figure"]: hint, out["table"]: ""}
-    return {out["figure"]: heatmap.as_value(figure), out["table"]: heatmap.as_table(figure)}
+    return {out["figure"]: heatmap.as_value(figure, again), out["table"]: heatmap.as_table(figure)}
 
 
 def headline(recipe: Recipe, result: Result) -> str:

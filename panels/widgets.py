@@ -75,10 +75,25 @@ def model_choice(panel: str, family: str, default: str) -> gr.Dropdown:
     )
 
 
+class Choice(gr.Radio):
+    """A radio whose choices change while the page is open: the page's value may be one of before, which is
+    for the handler to judge and no error."""
+
+    def preprocess(self, payload: Any) -> str | None:
+        """The value as it came, if it is a text."""
+        return payload if isinstance(payload, str) else None
+
+
+def own(name: str, chosen: Method) -> str:
+    """The name of the input for a knob whose choices differ between the methods of a panel: one a method,
+    because the value of an input whose choices have just changed may still be an old one."""
+    return f"{name}-{chosen.name}"
+
+
 def asked(chosen: Method, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the chosen method's knobs, from the panel's inputs by name; empty fields are defaults."""
-    names = knobs([chosen])
-    return {n: (v if v not in ("", []) else None) for n, v in values.items() if n in names}
+    given = {n: values.get(own(n, chosen), values.get(n)) for n in knobs([chosen])}
+    return {n: (v if v not in ("", []) else None) for n, v in given.items()}
 
 
 def status(job: Job, position: int) -> str:

@@ -109,6 +109,10 @@ class Sitting:
         for name, part in {"loss": float(value.detach()), **parts}.items():
             self.sums[name] = self.sums.get(name, 0.0) + part
 
+    def spent(self, minutes: float) -> float:
+        """The share of its time that the sitting has used."""
+        return (time.monotonic() - self.start) / 60 / minutes if minutes > 0 else 1.0
+
     def log(self) -> None:
         """Prints the mean losses since the last line."""
         now = time.monotonic()
@@ -141,7 +145,6 @@ def fit(
     checkpoint: Path,
     decay: float = 0.998,
     weight_decay: float = 0.01,
-    betas: tuple[float, float] = (0.9, 0.99),
     warmup: int = 80,
     keep_every: float = 180.0,
 ) -> dict[str, float]:
@@ -152,16 +155,12 @@ def fit(
     the time.
     Returns {"steps": in all sittings, "minutes": in all sittings, "loss": the last logged mean}.
     """
-    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=betas, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
     sitting = Sitting(module, optimizer, Average(module, decay), checkpoint)
     stop: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     try:
-        while True:
-            spent = (time.monotonic() - sitting.start) / 60 / minutes if minutes > 0 else 1.0
-            progress = _agree(1.0 if stop else spent)
-            if progress >= 1:
-                break
+        while (progress := _agree(1.0 if stop else sitting.spent(minutes))) < 1:
             sitting.learn(loss, lr * rate(progress, sitting.step, warmup))
             if time.monotonic() - sitting.logged > 20 and first():
                 sitting.log()

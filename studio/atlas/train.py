@@ -223,6 +223,7 @@ def _parts(options: Options, work: Path, pool: bool = False) -> tuple[Any, Any, 
 
     With `pool` the pictures' latents are made too.
     """
+    import numpy as np
     from diffusers import AutoencoderKL
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -246,19 +247,13 @@ def _parts(options: Options, work: Path, pool: bool = False) -> tuple[Any, Any, 
             print("text gate:", gate, flush=True)
             text.save_pretrained(source / "text_encoder")
             vae.save_pretrained(source / "vae")
-    import numpy as np
-
     vae = AutoencoderKL.from_pretrained(source / "vae", dtype=torch.float32).eval()
     text = CLIPTextModel.from_pretrained(source / "text_encoder", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(source / "tokenizer")
     if pool:
         latent_pool(vae, work / "latents.npy", seed=options.seed + 30)
-    return (
-        vae,
-        text,
-        tokenizer,
-        {"autoencoder PSNR (dB)": psnr(vae, images_for(256, np.random.default_rng(11)))},
-    )
+    facts = {"autoencoder PSNR (dB)": psnr(vae, images_for(256, np.random.default_rng(11)))}
+    return vae, text, tokenizer, facts
 
 
 def _card(name: str, what: str, facts: dict[str, Any], right: dict[str, float], command: str) -> None:

@@ -190,10 +190,19 @@ def test_a_prompt_is_data_and_never_script(visit: Visit, text: str) -> None:
     page.click("#trace-figure .cell")
 
 
+def test_a_stored_run_is_drawn_at_once_every_time(visit: Visit) -> None:
+    page = ran(visit, "3")
+    for _ in range(6):  # hint and map reach the page together, and the map must be what stays
+        page.click("#trace-run")
+        visit.status("Done")
+        visit.cells()
+
+
 def test_text_encoder_and_lens(visit: Visit) -> None:
     page = visit.page
     page.get_by_role("radio", name="Text encoder").check()
-    page.wait_for_function("!document.querySelector('#trace-kinds').textContent.includes('cross-attention')")
+    page.wait_for_selector("#trace-kinds-trace-text-encoder")
+    page.wait_for_selector("#trace-kinds", state="hidden")
     quick(page, "2")
     page.click("#trace-run")
     visit.status("Done")
