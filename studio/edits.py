@@ -89,7 +89,7 @@ def solve(
     keys, values, weights = merge_equal(keys, values, weights)
     factor = Factor.of(keys, weights / regularization)
     pairs = zip(matrices, values, strict=True)
-    return [factor.apply(v.double() - _double(w, factor.keys) @ factor.keys) for w, v in pairs]
+    return [factor.apply(v.double() - product(w, factor.keys)) for w, v in pairs]
 
 
 def merge_equal(keys: Any, values: Sequence[Any], weights: Any) -> tuple[Any, list[Any], Any]:
@@ -186,12 +186,16 @@ class _Group:
         """One delta a matrix; the pairs of edit e count strengths[e] times."""
         steps = self.differences * strengths[self.owners]
         for name in self.names:
-            yield name, self.factor.apply(_double(parameters[name], steps) @ steps)
+            yield name, self.factor.apply(product(parameters[name], steps))
 
 
-def _double(matrix: Any, beside: Any) -> Any:
-    """A matrix as float64 where `beside` is: some devices have no float64."""
-    return matrix.detach().to(beside.device).double()
+def product(matrix: Any, columns: Any) -> Any:
+    """matrix (m, d) times columns (d, n) in float64, some rows at a time: casting all at once costs most of
+    the time. On the columns' device, since some have no float64."""
+    import torch
+
+    rows = matrix.detach().to(columns.device).split(64)
+    return torch.cat([part.double() @ columns for part in rows])
 
 
 def joined(pairs: Sequence[Sequence[Pairs]]) -> list[_Group]:

@@ -16,7 +16,7 @@ LEVELS = {
     **dict.fromkeys(("studio.types", "studio.errors"), 0),
     **dict.fromkeys(("studio.registry", "studio.measure", "studio.figures", "studio.store"), 1),
     "studio.models": 2,
-    **dict.fromkeys(("studio.edits", "studio.edit_files", "studio.atlas"), 3),
+    **dict.fromkeys(("studio.edits", "studio.edit_files", "studio.solver_race", "studio.atlas"), 3),
     **dict.fromkeys(("studio.methods", "studio.audit"), 4),
     **dict.fromkeys(("studio.session", "studio.jobs", "studio.replay", "studio.runners", "studio.doctor"), 5),
     **dict.fromkeys(("studio", "studio.bench"), 6),
