@@ -128,12 +128,43 @@ def _strip(figure: Figure) -> Any:
     return canvas
 
 
+def _bars(figure: Figure) -> Any:
+    """data: labels, values, errors (standard errors; NaN or None: none), lines ((name, value), drawn across),
+    unit, and optionally label_title. A value that is NaN leaves its place empty."""
+    data = figure.data
+    values = np.asarray(data["values"], float)
+    errors = np.full(len(values), np.nan) if data.get("errors") is None else np.asarray(data["errors"], float)
+    labels = [_short(label, 24) for label in data["labels"]]
+    canvas = _canvas(2.4 + 0.24 * len(values), 3.4 + 0.05 * max(map(len, labels), default=0), figure)
+    axes = canvas.subplots()
+    places = np.flatnonzero(np.isfinite(values))
+    colours = [POSITIVE if values[i] >= 0 else NEGATIVE for i in places]
+    axes.bar(places, values[places], 0.8, color=colours)
+    known = places[np.isfinite(errors[places])]
+    axes.errorbar(known, values[known], errors[known], fmt="none", ecolor="black", elinewidth=0.9, capsize=2)
+    axes.axhline(0, color="black", linewidth=0.8)
+    names = list(dict.fromkeys(name for name, _ in data.get("lines", ())))
+    for name, value in data.get("lines", ()):
+        if math.isfinite(value):
+            style = ("--", ":", "-.", (0, (5, 1)))[names.index(name) % 4]
+            axes.axhline(value, color="#3f3f46", linestyle=style, linewidth=1.1, label=_short(name))
+    every = max(1, -(-len(labels) // 80))
+    axes.set_xticks(range(0, len(labels), every), labels[::every], rotation=60, ha="right", fontsize=7)
+    axes.set_xlim(-0.7, max(len(labels), 1) - 0.3)
+    axes.set_xlabel(_short(data.get("label_title", ""), 80))
+    axes.set_ylabel(textwrap.fill(_short(data.get("unit", ""), 80), 40))
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    if handles:
+        canvas.legend(list(handles.values()), list(handles), loc="outside lower right", fontsize=7, ncols=4)
+    return canvas
+
+
 def _short(text: str, most: int = 38) -> str:
     text = "".join(c if c.isprintable() else " " for c in text)  # control signs would break an SVG
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-_DRAWERS: dict[str, Callable[[Figure], Any]] = {"heat": _heat, "strip": _strip}
+_DRAWERS: dict[str, Callable[[Figure], Any]] = {"heat": _heat, "strip": _strip, "bars": _bars}
 
 
 def to_csv(arrays: Mapping[str, Trace]) -> str:

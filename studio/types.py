@@ -31,11 +31,11 @@ class Site:
 class Patch:
     """One intervention on a site's output, as data.
 
-    do: "zero"; "add" or "scale" by `value` (a number or an array that broadcasts); "copy" from `value`,
-    which is a row of
-    the same batch (int) or an array. at: token positions (None: all). when: (first, last) denoising steps,
-    both included
-    (None: all). rows: rows of the batch (None: all). Applied in the order in which patches are given.
+    do: "zero"; "add" or "scale" by `value` (a number or an array that broadcasts); "copy" from `value`, which
+    is a row of the same batch (int) or an array; "hold" with `value` = (table, index): the module does not
+    run, row i of its output, unconditional rows counted, is table[index[i]]. at: token positions (None: all).
+    when: (first, last) denoising steps, both included (None: all). rows: rows of the batch (None: all).
+    Applied in the order in which patches are given.
     """
 
     site: Site

@@ -24,6 +24,7 @@ class Tape:
         self.step = 0
         self.row_offset = 0
         self.touched: set[Site] = set()
+        self.read: dict[Site, torch.Tensor] = {}  # what the modules of `inputs` were given
         self._kept: dict[Site, torch.Tensor] = {}
 
     def __getitem__(self, site: Site | str) -> torch.Tensor:
@@ -44,9 +45,14 @@ class Tape:
 
 @contextmanager
 def watch(
-    modules: Mapping[Site, nn.Module], *, record: Iterable[Site] = (), patches: Iterable[Patch] = ()
+    modules: Mapping[Site, nn.Module],
+    *,
+    record: Iterable[Site] = (),
+    patches: Iterable[Patch] = (),
+    inputs: Iterable[Site] = (),
 ) -> Iterator[Tape]:
-    """Hooks the modules of `record` and of `patches` for the length of the block, whatever happens inside.
+    """Hooks the modules of `record` and of `patches` for the length of the block, whatever happens inside;
+    for those of `inputs` what they read is kept in `tape.read`.
 
     `modules` resolves sites (see models/sites.py). Rows of patches are counted from `tape.row_offset`,
     which lets a loop
@@ -65,6 +71,10 @@ def watch(
             hook = _hook(tape, site, by_site.get(site, []), site in wanted)
             # first, so that the hooks of transformers that collect hidden states see what we put there
             handles.append(modules[site].register_forward_hook(hook, prepend=True))
+            if held := _held(by_site.get(site, [])):
+                handles.append(modules[site].register_forward_pre_hook(_rest(held)))
+        for site in inputs:
+            handles.append(modules[site].register_forward_pre_hook(_reader(tape, site)))
         yield tape
     finally:
         for handle in handles:
@@ -72,16 +82,50 @@ def watch(
 
 
 def _hook(tape: Tape, site: Site, patches: list[Patch], keep: bool) -> Callable:
+    held = _held(patches)
+    patches = [p for p in patches if p is not held]
+
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         tape.touched.add(site)
         tensor = output[0] if isinstance(output, tuple) else output
+        if held is not None:
+            table, index = held.value
+            tensor = table.to(tensor.device, tensor.dtype)[index]
         active = [p for p in patches if p.when is None or p.when[0] <= tape.step <= p.when[1]]
         changed = _apply(tensor, active, tape.row_offset) if active else tensor
         if keep:
             tape.keep(site, changed.detach())
-        if not active:
+        if not active and held is None:
             return None
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    return hook
+
+
+def _reader(tape: Tape, site: Site) -> Callable:
+    """Keeps what the module reads."""
+
+    def hook(module: nn.Module, args: Any) -> None:
+        tape.read[site] = args[0].detach()
+
+    return hook
+
+
+def _held(patches: list[Patch]) -> Patch | None:
+    """The patch that keeps the module from running, if there is one."""
+    found = [p for p in patches if p.do == "hold"]
+    if len(found) > 1 or any((p.at, p.when, p.rows) != (None, None, None) for p in found):
+        raise ValueError("a site is held once, at every place, step and row")
+    return found[0] if found else None
+
+
+def _rest(held: Patch) -> Callable:
+    """Gives the module none of its rows, so that nothing is computed; what is held stands for its output."""
+
+    def hook(module: nn.Module, args: Any) -> Any:
+        if len(args[0]) != len(held.value[1]):
+            raise ValueError(f"{len(held.value[1])} rows are held at {held.site}, {len(args[0])} come")
+        return (args[0][:0], *args[1:])
 
     return hook
 
@@ -115,7 +159,7 @@ def _new_value(patch: Patch, before: torch.Tensor, now: torch.Tensor, offset: in
         return now + value
     if patch.do == "scale":
         return now * value
-    raise ValueError(f"unknown patch {patch.do!r}: zero, add, scale or copy")
+    raise ValueError(f"unknown patch {patch.do!r}: zero, add, scale or copy, or hold for a whole site")
 
 
 def execution_order(modules: Mapping[str, nn.Module], call: Callable[[], Any]) -> list[str]:

@@ -8,7 +8,7 @@ DDIM: arXiv 2010.02502; PNDM: 2202.09778; classifier-free guidance: 2207.12598.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,8 +18,8 @@ import torch
 from studio.errors import RequestError
 from studio.models.catalog import SCHEDULERS
 from studio.models.hooks import watch
-from studio.models.sites import unet_module
-from studio.types import Patch
+from studio.models.sites import text_reads, unet_module
+from studio.types import Patch, Site
 
 if TYPE_CHECKING:
     from studio.models.diffusion import DiffusionModel
@@ -144,6 +144,47 @@ def first_latents(model: DiffusionModel, plan: Plan, seeds: Iterable[int]) -> to
     return torch.cat(rows).to(model.device)
 
 
+@dataclass(frozen=True)
+class Readings:
+    """What every cross-attention layer makes of a few texts, computed once: keys and values depend on nothing
+    else.
+
+    `tables`: (K, T, D) of K texts by site, keys and values of each layer in execution order. `free` is the
+    place of the unconditional text among them, None when the plan needs none.
+    """
+
+    tables: Mapping[Site, torch.Tensor]
+    free: int | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: DiffusionModel, texts: Conditioning, uncond: Conditioning | None) -> Readings:
+        """Readings of the texts and, after them, of the unconditional text: one forward of the least size."""
+        whole = texts if uncond is None else texts.join(uncond.rows([0]))
+        sites = [s for layer in model.unet_sites(["cross-attention"]) for s in text_reads(layer)]
+        modules = {s: unet_module(model.unet, s) for s in sites}
+        side = 2 ** (len(model.unet.config.block_out_channels) - 1) * model.vae_factor
+        plan = Plan(height=side, width=side)
+        x = first_latents(model, plan, [0] * len(whole))
+        with watch(modules, record=sites) as tape:
+            raw_output(model, x, torch.tensor(500, device=model.device), whole, plan)
+        if tape.touched != set(sites):
+            raise RuntimeError(f"keys and values that were never read: {set(sites) - tape.touched}")
+        return cls({s: tape[s] for s in sites}, None if uncond is None else len(texts))
+
+    def patches(self, choice: Sequence[Sequence[int]], free: bool = True) -> list[Patch]:
+        """Patches under which layer l of row r reads text choice[r][l]; with `free`, unconditional rows come
+        before them, one a row, and read the unconditional text."""
+        device = next(iter(self.tables.values())).device
+        index = torch.as_tensor(choice, device=device).T
+        if free and self.free is not None:
+            index = torch.cat([torch.full_like(index, self.free), index], dim=1)
+        return [
+            Patch(site, do="hold", value=(table, index[i // 2]))
+            for i, (site, table) in enumerate(self.tables.items())
+        ]
+
+
 @torch.no_grad()
 def denoise(
     model: DiffusionModel,
@@ -183,8 +224,12 @@ def trajectory(
     *,
     patches: Sequence[Patch] = (),
     shadow: Conditioning | None = None,
+    read: Callable[..., torch.Tensor] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields (i, latents read at step i) for every model call, then (number of calls, final latents)."""
+    """Yields (i, latents read at step i) for every model call, then (number of calls, final latents).
+
+    `read` computes the guided output in place of `predict`, for whoever needs more of the same pass.
+    """
     scheduler = new_scheduler(model, plan)
     uncond = uncond if guided(model, plan) else None
     generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
@@ -206,7 +251,7 @@ def trajectory(
             yield i, latents
             if tape is not None:
                 tape.step, tape.row_offset = i, (len(latents) if uncond is not None else 0)
-            out = predict(model, scheduler, t, latents, cond, uncond, plan, shadow)
+            out = (read or predict)(model, scheduler, t, latents, cond, uncond, plan, shadow)
             latents = scheduler.step(out, t, latents, **step_options, return_dict=False)[0]
         if tape is not None and tape.touched != set(modules):
             raise RuntimeError(f"patched sites that never ran: {set(modules) - tape.touched}")

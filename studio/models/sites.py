@@ -19,6 +19,12 @@ from studio.models.hooks import execution_order
 from studio.types import Site
 
 UNET_KINDS = ("cross-attention", "self-attention", "resnet", "feed-forward", "stream")
+_INSIDE = {
+    "resnet": "conv2",
+    "cross-attention-key": "to_k",
+    "cross-attention-value": "to_v",
+    "cross-attention-out": "to_out.0",
+}  # the module inside a layer whose output is a site of that kind
 TEXT_KINDS = ("self-attention", "mlp", "hidden")
 
 
@@ -39,11 +45,21 @@ def unet_site_names(unet: nn.Module) -> dict[str, list[str]]:
     return names
 
 
+def unet_name(site: Site) -> str:
+    """Name of the module whose output is the site: for a resnet the branch before its shortcut is added,
+    which is conv2's."""
+    return f"{site.layer}.{_INSIDE[site.kind]}" if site.kind in _INSIDE else str(site.layer)
+
+
 def unet_module(unet: nn.Module, site: Site) -> nn.Module:
-    """The module whose output is the site: for a resnet the branch before its shortcut is added, which is
-    conv2's."""
-    name = f"{site.layer}.conv2" if site.kind == "resnet" else str(site.layer)
-    return unet.get_submodule(name)
+    """The module whose output is the site."""
+    return unet.get_submodule(unet_name(site))
+
+
+def text_reads(layer: Site) -> tuple[Site, Site]:
+    """Where a cross-attention layer reads the text: the sites of its keys and of its values."""
+    key, value = (Site("unet", layer.layer, f"cross-attention-{what}") for what in ("key", "value"))
+    return key, value
 
 
 def unet_sites(unet: nn.Module, kinds: Iterable[str]) -> list[Site]:
@@ -106,11 +122,20 @@ def text_layers(encoder: nn.Module) -> nn.ModuleList:
 
 
 def text_module(encoder: nn.Module, site: Site) -> nn.Module:
-    """The module whose output is the site. Kinds: embedding, hidden, self-attention, mlp."""
+    """The module whose output is the site. Kinds: embedding, hidden, self-attention, self-attention-out (its
+    last matrix), mlp."""
     if site.kind == "embedding":
         return text_root(encoder).embeddings.token_embedding
     layer = text_layers(encoder)[int(str(site.layer).rsplit(".", 1)[-1])]
+    if site.kind == "self-attention-out":
+        return layer.self_attn.out_proj
     return {"hidden": layer, "self-attention": layer.self_attn, "mlp": layer.mlp}[site.kind]
+
+
+def text_name(encoder: nn.Module, site: Site) -> str:
+    """Name of the module whose output is the site, in the encoder."""
+    wanted = text_module(encoder, site)
+    return next(name for name, module in encoder.named_modules() if module is wanted)
 
 
 def text_norm(encoder: nn.Module) -> nn.Module:
