@@ -18,7 +18,7 @@ from typing import Any
 
 from studio.commands import COMMANDS, progress_bar
 from studio.errors import Cancelled, RequestError, StudioError
-from studio.options import DEFAULT_MODELS, method_options, new_session, parse_options
+from studio.options import DEFAULT_MODELS, method_options, new_session, parse_options, texts_of
 from studio.registry import Method, load_methods
 
 
@@ -116,7 +116,7 @@ def overview() -> str:
 
 def run_method(method: Method, argv: list[str]) -> int:
     """Runs a method's command."""
-    from studio.store import as_record, check_free
+    from studio.store import EDIT_FILE, as_record, check_free, check_free_file, copy_file
     from studio.types import Recipe
 
     given = parse_options(
@@ -126,6 +126,7 @@ def run_method(method: Method, argv: list[str]) -> int:
     out = Path(given["out"]).expanduser() if "out" in given else None
     if out is not None:
         check_free(out)
+    saved = check_free_file(given["save"], "--save", ".safetensors") if "save" in given else None
     recipe = Recipe(
         method.name,
         _whole_path(given.get("model", DEFAULT_MODELS.get(method.family, ""))),
@@ -139,6 +140,8 @@ def run_method(method: Method, argv: list[str]) -> int:
         for warning in run.result.values.get("warnings", []):
             print(f"locus: warning: {warning}", file=sys.stderr)
         where = out or session.store.root / run.id
+        if saved is not None:
+            copy_file(where / EDIT_FILE, saved)
         if given["json"]:
             print(json.dumps(as_record(run), ensure_ascii=False))
         if not given["json"] or out is None:
@@ -161,7 +164,7 @@ def _asked(method: Method, given: dict[str, Any]) -> dict[str, Any]:
             if f.default is True:
                 asked[f.name] = not given.pop(f"no_{f.name}", False)
             elif f.name in given:
-                asked[f.name] = given[f.name]
+                asked[f.name] = texts_of(given[f.name]) if f.metadata["lines"] else given[f.name]
     return asked
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from studio.errors import RequestError
@@ -16,7 +19,7 @@ _UNSET = "\0"  # tells an option that was not given from an empty text
 DEFAULT_MODELS = {"diffusion": "atlas-sd", "clip": "atlas-clip"}
 COMMON = {
     "model": ("STR", "catalogue name (see `locus models`), folder, or hub id"),
-    "edit": ("FILE", "edit file to lay over the model; give it again for more"),
+    "edit": ("FILE", "edit file to lay over the model, FILE@0.6 at that strength; give it again for more"),
     "seeds": ("0,1,2", "seeds, separated by commas"),
     "out": ("DIR", "folder of the run; must not exist (default: the store)"),
     "runs": ("DIR", "the store (default: $LOCUS_HOME/runs, ~/.locus/runs)"),
@@ -91,6 +94,8 @@ def method_options(method: Method) -> dict[str, Option]:
         if key != "seeds" or method.samples:
             kind = list if key == "edit" else str
             options.setdefault(key, (kind, metavar, help_, defaults.get(key, "")))
+    if method.saves:
+        options["save"] = (str, "FILE", f"also write the {method.saves} here; must not exist", "")
     options["force"] = (bool, "", "apply an edit that was made for other weights", "")
     options["json"] = (bool, "", "print run.json to standard output", "")
     return options
@@ -107,8 +112,24 @@ def _declared(f: dataclasses.Field, kind: Any) -> tuple[str, Option]:
     words = tuple if many and not meta["commas"] else str
     shape = bool if kind is bool else list if meta["repeat"] else words
     metavar = {int: "INT", float: "NUMBER", str: "TEXT"}.get(kind, "A,B" if meta["commas"] else "TEXT")
+    metavar = "FILE" if meta["lines"] else metavar
     default = "" if f.default in (None, "") or required else ",".join(f.default) if many else str(f.default)
     return f.name, (shape, metavar, ("required: " if required else "") + help_, default)
+
+
+def texts_of(given: Sequence[str]) -> tuple[str, ...]:
+    """Texts, of which each may be a file that holds some, one a line."""
+    out: list[str] = []
+    for text in given:
+        if not os.path.isfile(os.path.expanduser(text)):
+            out.append(text)
+            continue
+        try:
+            lines = Path(text).expanduser().read_text("utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"{text} can't be read as a text file in UTF-8.") from error
+        out += [line.strip() for line in lines if line.strip()]
+    return tuple(out)
 
 
 def new_session(given: dict[str, Any]) -> Any:

@@ -38,12 +38,13 @@ def knob(
     repeat: bool = False,
     advanced: bool = False,
     commas: bool = True,
+    lines: bool = False,
 ) -> Any:
     """A declared option. `default` MISSING makes it required; `repeat` lets a text list be given several
     times.
 
     Tuples of texts with `choices` are written with commas, `commas` False takes several words instead
-    (--words a b).
+    (--words a b). `lines`: on the command line a file may stand for texts, one a line.
     """
     meta = {
         "help": help,
@@ -54,6 +55,7 @@ def knob(
         "repeat": repeat,
         "advanced": advanced,
         "commas": commas,
+        "lines": lines,
     }
     return field(metadata=meta) if default is MISSING else field(default=default, metadata=meta)
 

@@ -193,7 +193,7 @@ class Session:
 
     def _scorer(self, params: Any, model: Any, job: Job) -> Any:
         metric = getattr(params, "metric", None)
-        if metric is None or metric == "distance" or not getattr(params, "scored", True):
+        if not getattr(params, "scored", metric not in (None, "distance")):
             return None
         name = params.scorer or model.source.defaults.get("scorer")
         if name is None and model.source.kind == "diffusion":

@@ -1,7 +1,7 @@
 """The solver against the textbook form, at real sizes with random weights: what the benchmark calls.
 
-Textbook (as public code has it): for every matrix W' = (lambda W + V K^T)(lambda I + K K^T)^-1 in float32, with
-an inverse of d x d of its own. Ours: one factor for all matrices, then every delta W' - W in float32.
+Textbook (as public code has it): for every matrix W' = (lambda W + V K^T)(lambda I + K K^T)^-1 in float32,
+with an inverse of d x d of its own. Ours: one factor for all matrices, then every delta W' - W in float32.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ def race(
 ) -> dict[str, Any]:
     """Seconds of both forms for all matrices of a layout, and their largest errors against float64.
 
-    keys: columns of K. Each is timed `repeats` times and the best counts, since other programs disturb. Ours is
-    timed on all matrices (a random one of each width stands for the others), the textbook form on one of each
-    width, multiplied by their number.
+    keys: columns of K. Each is timed `repeats` times and the best counts, since other programs disturb. Ours
+    is timed on all matrices (a random one of each width stands for the others), the textbook form on one of
+    each width, multiplied by their number.
     """
     import torch
 
@@ -46,7 +46,7 @@ def race(
         "ratio": slow / fast,
         "error": _error(ours[-1], exact),
         "textbook_error": _error(theirs - last, exact),
-        "how": f"best of {repeats}, {keys} keys; textbook: one matrix of each width timed, times their number",
+        "how": f"best of {repeats}, {keys} keys; textbook: one matrix of each width, times their number",
     }
 
 

@@ -128,6 +128,39 @@ def check_free(folder: Path) -> None:
         ) from error
 
 
+def check_free_file(given: str, option: str, suffix: str) -> Path:
+    """The file that `option` names, which must not exist yet and end in `suffix`; RequestError otherwise."""
+    path = Path(os.path.expanduser(given))
+    if path.suffix != suffix:
+        raise RequestError(f"{option} must name a {suffix} file, not {given[:80]!r}.")
+    if os.path.lexists(path):
+        raise RequestError(f"{path} exists already; give another {option}, so that nothing is overwritten.")
+    if not os.path.isdir(path.absolute().parent):
+        raise RequestError(f"{option}: there is no folder {path.absolute().parent}; make it first.")
+    try:
+        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=_HIDDEN):
+            pass
+    except OSError as error:
+        raise RequestError(f"{path} can't be written: {error.strerror}.") from error
+    return path
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A copy of one file of a run, whole or not at all; StudioError when it can't be had."""
+    beside = target.parent / f"{_HIDDEN}{os.getpid()}-{target.name[:50]}"
+    try:
+        shutil.copyfile(source, beside)
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, "it came into being meanwhile")
+        beside.replace(target)
+    except OSError as error:
+        raise StudioError(
+            f"{target} could not be written ({error.strerror}); the file is kept as {source}."
+        ) from error
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def write_run(run: Run, folder: Path, figure: Figure | None = None) -> None:
     """Writes a run folder beside its place and renames it; FileExistsError when the place is taken,
     StudioError on a full disk."""
