@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
@@ -32,6 +33,19 @@ def strip() -> Figure:
     return Figure("strip", data, title="a strip")
 
 
+def bars(**changes: Any) -> Figure:
+    """Three bars: up, down without a standard error, missing; lines of three names, one without a value."""
+    data = {"labels": ["0-1", "1-2", "2-3"], "values": np.array([0.4, -0.2, math.nan])}
+    data |= {"errors": np.array([0.1, math.nan, math.nan]), "unit": "decrease of the cosine"}
+    data |= {"lines": [("all layers", 0.5), ("placebo", 0.05), ("placebo", -0.05), ("unknown", math.nan)]}
+    return Figure("bars", data | changes, title="bars")
+
+
+def texts(figure: Figure) -> list[str]:
+    """What is written in the figure, as the comments that matplotlib leaves in an SVG."""
+    return re.findall(r"<!-- (.*?) -->", figures.to_bytes(figure, "svg").decode())
+
+
 def pixels(figure: Figure) -> set[tuple[int, ...]]:
     """The colours of the figure's PNG."""
     with Image.open(io.BytesIO(figures.to_bytes(figure, "png"))) as opened:
@@ -43,7 +57,7 @@ def rgb(colour: str) -> tuple[int, ...]:
     return tuple(bytes.fromhex(colour[1:]))
 
 
-@pytest.mark.parametrize("figure", [heat(), strip()], ids=lambda f: f.kind)
+@pytest.mark.parametrize("figure", [heat(), strip(), bars()], ids=lambda f: f.kind)
 def test_formats_are_what_they_say(figure: Figure) -> None:
     svg, png, pdf = (figures.to_bytes(figure, kind, RECIPE) for kind in ("svg", "png", "pdf"))
     assert ElementTree.fromstring(svg).tag.endswith("svg")
@@ -71,12 +85,14 @@ def test_the_same_figure_has_the_same_bytes(kind: str) -> None:
 )
 @pytest.mark.parametrize("kind", ["svg", "png"])
 def test_any_text_can_be_drawn(text: str, kind: str) -> None:
-    figure = heat(rows=[text, "b"], cols=[text, "1"], unit=text[:40], row_title=text[:40])
-    drawn = figures.to_bytes(Figure("heat", figure.data, title=text), kind, {"prompt": text})
-    if kind == "svg":
-        ElementTree.fromstring(drawn)
-    else:
-        Image.open(io.BytesIO(drawn)).verify()
+    map_ = heat(rows=[text, "b"], cols=[text, "1"], unit=text[:40], row_title=text[:40])
+    plot = bars(labels=[text, "b", "c"], lines=[(text, 0.1)], unit=text, label_title=text)
+    for figure in (map_, plot):
+        drawn = figures.to_bytes(Figure(figure.kind, figure.data, title=text), kind, {"prompt": text})
+        if kind == "svg":
+            ElementTree.fromstring(drawn)
+        else:
+            Image.open(io.BytesIO(drawn)).verify()
 
 
 def test_cells_take_the_ends_of_the_palette_and_missing_ones_are_grey() -> None:
@@ -87,6 +103,29 @@ def test_cells_take_the_ends_of_the_palette_and_missing_ones_are_grey() -> None:
 
 def test_a_map_of_nothing_but_nan() -> None:
     assert rgb(figures.EMPTY) in pixels(heat(values=np.full((2, 2), math.nan)))
+
+
+def test_bars_are_coloured_by_sign_and_name_each_line_once() -> None:
+    assert {rgb(figures.POSITIVE), rgb(figures.NEGATIVE)} <= pixels(bars())
+    assert rgb(figures.NEGATIVE) not in pixels(bars(values=np.array([0.4, 0.0, math.nan])))
+    written = texts(bars())
+    assert written.count("placebo") == 1 and written.count("all layers") == 1 and "unknown" not in written
+    assert {"0-1", "1-2", "2-3", "bars", "decrease of the cosine"} <= set(written)
+
+
+def test_bars_stand_where_their_values_are() -> None:
+    drawn = figures._bars(bars(lines=[("all layers", 0.5)])).axes[0]
+    assert [round(b.get_height(), 6) for b in drawn.patches] == [0.4, -0.2]
+    assert [round(b.get_x() + b.get_width() / 2, 6) for b in drawn.patches] == [0, 1]
+    (whisker,) = [c for c in drawn.containers if hasattr(c, "has_yerr")]
+    np.testing.assert_allclose(whisker[2][0].get_segments(), [[[0, 0.3], [0, 0.5]]])
+    assert [line.get_ydata()[0] for line in drawn.lines if line.get_label() == "all layers"] == [0.5]
+
+
+@pytest.mark.parametrize("count", [0, 1, 700])
+def test_any_number_of_bars(count: int) -> None:
+    figure = bars(labels=["x" * 90] * count, values=np.ones(count), errors=None, lines=[])
+    assert figures.to_bytes(figure, "png").startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
