@@ -24,7 +24,7 @@ _TEMPLATE = (
     "<div class='said' aria-live='polite'></div>"
 )
 
-_CSS = (ASSETS / "css" / "heatmap.css").read_text()
+CSS = (ASSETS / "css" / "heatmap.css").read_text()
 
 _JS = (ASSETS / "js" / "heatmap.js").read_text()
 
@@ -36,7 +36,7 @@ class HeatMap(gr.HTML):
         super().__init__(
             value={"hint": hint},
             html_template=_TEMPLATE,
-            css_template=_CSS,
+            css_template=CSS,
             js_on_load=_JS,
             apply_default_css=False,
             **options,

@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from panels import heatmap
+from panels import heatmap, widgets
 from studio.figures import number
 from studio.measure import standard_error
 from studio.methods.causal_trace_unet import row_kinds
@@ -72,11 +72,8 @@ def detail(
     seed = seed if seed in seeds else seeds[0]
     index, image = _place(recipe, result, cell, name)
     images = {n: result.images.get(f"seed{seed}-{n if n != 'restored' else image}") for n in PICTURES}
-    pair = (images["corrupted"], images["restored"])
-    whole = all(p is not None for p in pair)
-    update = {out[n]: gr.update(value=picture, visible=picture is not None) for n, picture in images.items()}
+    update = widgets.shown_pictures(out, images, ("corrupted", "restored"))
     update[out["text"]] = _sentence(recipe, result, name, index, seed)
-    update[out["slider"]] = gr.update(value=pair if whole else None, visible=whole)
     update[out["seed"]] = gr.update(choices=seeds, value=seed, visible=len(seeds) > 1)
     return update
 

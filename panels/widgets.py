@@ -79,9 +79,72 @@ class Choice(gr.Radio):
     """A radio whose choices change while the page is open: the page's value may be one of before, which is
     for the handler to judge and no error."""
 
+    is_template = True  # for the page it is a Radio
+
     def preprocess(self, payload: Any) -> str | None:
         """The value as it came, if it is a text."""
         return payload if isinstance(payload, str) else None
+
+
+def seeds(panel: str, value: str) -> gr.Textbox:
+    """The seeds of a run."""
+    several = "Separated by commas; two or more give standard errors."
+    return gr.Textbox(value, label="Seeds", elem_id=f"{panel}-seeds", info=several)
+
+
+def run_buttons(panel: str, title: str = "Run") -> dict[str, gr.Button]:
+    """Run (enabled once the page's handlers are alive) and Stop."""
+    with gr.Row():
+        run = gr.Button(title, variant="primary", interactive=False, elem_id=f"{panel}-run")
+        stop = gr.Button("Stop", elem_id=f"{panel}-stop", interactive=False)
+    return {"run": run, "stop": stop}
+
+
+def line(text: str, elem_id: str, lines: int = 1, most: int = 8) -> gr.Textbox:
+    """A line of text that a person reads."""
+    look = dict(show_label=False, container=False, interactive=False)
+    return gr.Textbox(text, lines=lines, max_lines=most, elem_id=elem_id, **look)
+
+
+def status_line(panel: str) -> gr.Textbox:
+    """The line that says what goes on."""
+    return line("Ready.", f"{panel}-status", most=6)
+
+
+def table(panel: str) -> gr.Textbox:
+    """The numbers of a figure as text."""
+    return gr.Textbox(
+        show_label=False,
+        interactive=False,
+        lines=12,
+        max_lines=40,
+        elem_id=f"{panel}-table",
+        elem_classes="numbers",
+    )
+
+
+def pictures(panel: str, names: tuple[str, ...]) -> dict[str, Any]:
+    """Images by name and a slider that compares two of them, hidden until there is something to show."""
+    look = dict(visible=False, interactive=False, min_width=120, elem_classes="pixels", format="png")
+    out: dict[str, Any] = {}
+    for name in names:
+        out[name] = gr.Image(
+            label=name.capitalize(), height=200, buttons=["fullscreen"], elem_id=f"{panel}-{name}", **look
+        )
+    out["slider"] = gr.ImageSlider(
+        label="Compare", type="numpy", max_height=200, buttons=[], elem_id=f"{panel}-slider", **look
+    )
+    return out
+
+
+def shown_pictures(
+    out: Mapping[str, Any], images: Mapping[str, Any], compared: tuple[str, str]
+) -> dict[Any, Any]:
+    """Updates of `pictures` for these images (None: hidden); two of them are compared in the slider."""
+    pair = tuple(images[n] for n in compared)
+    whole = all(p is not None for p in pair)
+    update = {out[n]: gr.update(value=picture, visible=picture is not None) for n, picture in images.items()}
+    return update | {out["slider"]: gr.update(value=pair if whole else None, visible=whole)}
 
 
 def own(name: str, chosen: Method) -> str:

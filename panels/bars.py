@@ -1,0 +1,81 @@
+"""Clickable bars with standard errors and reference lines, drawn like the heat map by page script from data.
+
+A click, Enter or Space sends {row: 0, col}. Arrow keys, Home and End move between bars.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from panels.heatmap import CSS
+from studio.figures import NEGATIVE, POSITIVE
+from studio.models.catalog import ASSETS
+from studio.types import Figure
+
+_TEMPLATE = (
+    "<div class='map' tabindex='0' role='grid' aria-label='bars'></div>"
+    "<div class='said' aria-live='polite'></div>"
+)
+_JS = (ASSETS / "js" / "bars.js").read_text()
+
+
+class Bars(gr.HTML):
+    """Bars whose value is made by `as_value`; its `select` event carries row 0 and col."""
+
+    def __init__(self, hint: str, **options: Any) -> None:
+        super().__init__(
+            value={"hint": hint},
+            html_template=_TEMPLATE,
+            css_template=CSS,
+            js_on_load=_JS,
+            apply_default_css=False,
+            **options,
+        )
+
+    def api_info(self) -> dict[str, Any]:
+        """The value is an object."""
+        return {"type": "object"}
+
+
+def as_value(figure: Figure, again: bool = False) -> dict[str, Any]:
+    """The value of Bars for a figure of kind bars; NaN travels as None. `again`: see heatmap.as_value."""
+    data = figure.data
+    return json.loads(
+        json.dumps(
+            {
+                "labels": list(data["labels"]),
+                "values": _plain(data["values"]),
+                "errors": _plain(data.get("errors"), len(data["labels"])),
+                "lines": [
+                    {"name": name, "value": float(value)}
+                    for name, value in data.get("lines", ())
+                    if math.isfinite(value)
+                ],
+                "unit": data["unit"],
+                "palette": {"negative": NEGATIVE, "positive": POSITIVE},
+                "again": again,
+            }
+        )
+    )
+
+
+def _plain(values: Sequence[float] | None, n: int = 0) -> list[float | None]:
+    if values is None:
+        return [None] * n
+    return [round(float(v), 6) if math.isfinite(v) else None for v in np.asarray(values, float)]
+
+
+def as_table(figure: Figure) -> str:
+    """The same numbers as lines "value, error, label"."""
+    data = as_value(figure)
+    lines = [
+        f"{'' if v is None else format(v, '.4g'):>10}\t{'' if e is None else format(e, '.2g'):>8}\t{label}"
+        for label, v, e in zip(data["labels"], data["values"], data["errors"], strict=True)
+    ]
+    return "\n".join([f"{data['unit']}\tstandard error\twhere", *lines])

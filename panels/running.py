@@ -1,0 +1,161 @@
+"""A panel's run: Run was pressed, lines and partial results stream, Stop, and a reload takes it up again.
+
+What a page has on screen is in its own State: ids of a job and of a run, and what was clicked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import gradio as gr
+
+from panels import widgets
+from studio.errors import RequestError
+from studio.jobs import Job
+from studio.session import Session
+from studio.types import Recipe, Result
+
+QUIET = dict(queue=False, show_progress="hidden", api_visibility="private")
+
+
+class Running:
+    """Base of a panel's handlers. `form` and `out` are inputs and outputs by name; run, stop and status are
+    among them, and perhaps the row of export buttons under "export"."""
+
+    def __init__(self, panel: str, session: Session, form: dict[str, Any], out: dict[str, Any]) -> None:
+        self.panel, self.session, self.form, self.out = panel, session, form, out
+        self.viewers = widgets.Viewers()
+        self.state = gr.State({})
+        self.client = gr.BrowserState({}, storage_key=f"locus-{panel}", secret="locus")
+        self.named = {c: n for n, c in form.items() if isinstance(c, gr.components.FormComponent)}
+
+    # ---- what a panel says of itself ----------------------------------------------------------------------
+
+    def recipe(self, given: dict[str, Any]) -> Recipe:
+        """The recipe that the inputs describe; RequestError when one is wrong."""
+        raise NotImplementedError
+
+    def drawn(self, recipe: Recipe, result: Result, again: bool = False) -> dict[Any, Any]:
+        """Updates that show results so far; `again` when they are shown for the last time."""
+        raise NotImplementedError
+
+    def cleared(self) -> dict[Any, Any]:
+        """Updates at the start of a run: nothing stale stays on screen."""
+        return {}
+
+    def empty(self) -> dict[Any, Any]:
+        """Updates after a run that measured nothing."""
+        return {}
+
+    def ended(self, job: Job) -> dict[Any, Any]:
+        """Updates after a run that is kept: the finding in a sentence, and what to do next."""
+        return {}
+
+    # ---- wiring -------------------------------------------------------------------------------------------
+
+    @property
+    def fields(self) -> list[Any]:
+        """Outputs other than the export buttons."""
+        return [c for name, c in self.out.items() if name != "export"]
+
+    def wire_run(self, *also: Any) -> None:
+        """Connects Run (and the submit events `also`), Stop, loading and leaving."""
+        form, out = self.form, self.out
+        buttons = out["export"].values() if "export" in out else ()
+        shown = [self.state, self.client, form["run"], form["stop"], *self.fields, *buttons]
+        runs = dict(outputs=shown, concurrency_limit=None, show_progress="hidden", api_visibility="private")
+        gr.on([form["run"].click, *also], self.start, set(self.named), **runs)
+        form["stop"].click(self.stop, self.client, out["status"], **QUIET)
+        page = gr.context.Context.root_block
+        page.load(self.again, self.client, **runs)
+        page.unload(_leaver(self.viewers))
+
+    # ---- handlers -----------------------------------------------------------------------------------------
+
+    def start(self, values: dict, request: gr.Request) -> Iterator[dict]:
+        """Run was pressed: checks, queues, and streams."""
+        given = {self.named[c]: v for c, v in values.items() if c in self.named}
+        try:
+            job = self.session.submit(self.recipe(given), user=str(request.session_hash))
+        except RequestError as error:
+            yield {self.out["status"]: str(error)}
+            return
+        self.viewers.watch(str(request.session_hash), job)
+        yield {
+            self.client: {"job": job.id, "token": job.token},
+            self.form["stop"]: gr.Button(interactive=True),
+            self.out["status"]: "Starting …",
+            **({self.out["export"]["row"]: gr.Row(visible=False)} if "export" in self.out else {}),
+            **self.cleared(),
+        }
+        yield from self.stream(job)
+
+    def again(self, kept: dict | None, request: gr.Request) -> Iterator[dict]:
+        """The page is alive: Run can be pressed. A job that this browser started is taken up if it runs."""
+        yield {self.form["run"]: gr.Button(interactive=True)}
+        job = self.job_of(kept)
+        if job is None or job.over:
+            return
+        self.viewers.watch(str(request.session_hash), job)
+        yield from self.stream(job)
+
+    def stop(self, kept: dict | None) -> str:
+        """Stop was pressed."""
+        job = self.job_of(kept)
+        if job is None or job.over:
+            return "Nothing is running."
+        job.cancel()
+        return "Stopping …"
+
+    def stream(self, job: Job) -> Iterator[dict]:
+        """Status lines and partial results of a job until it is over, then exports."""
+        last, out, stop = None, self.out, self.form["stop"]
+        for _ in widgets.follow(job):
+            update: dict[Any, Any] = {out["status"]: widgets.status(job, self.session.queue.position(job))}
+            result = job.run.result if job.run else job.latest
+            if result is not None and result is not last:
+                last = result
+                update |= {self.state: self.kept(job), **self.drawn(job.recipe, result)}
+            if job.over and job.run is not None:
+                update |= self.ended(job)
+            if not job.over:
+                update[stop] = gr.Button(interactive=not job.stopping)
+            yield update
+        final: dict[Any, Any] = {stop: gr.Button(interactive=False), out["status"]: widgets.status(job, 0)}
+        if job.run is not None and job.run.id and "export" in out:
+            final |= widgets.exported(self.session.store.path(job.run.id), out["export"])
+        final |= self.drawn(job.recipe, last, again=True) if last else self.empty()
+        yield final
+
+    # ---- what is on screen --------------------------------------------------------------------------------
+
+    def kept(self, job: Job) -> dict[str, Any]:
+        """What a page keeps of a job."""
+        return {"job": job.id, "token": job.token, "run": job.run.id if job.run else None}
+
+    def job_of(self, kept: dict | None) -> Job | None:
+        """The recent job that a page's kept ids name."""
+        if not isinstance(kept, dict):
+            return None
+        return self.session.queue.find(kept.get("job"), kept.get("token"))
+
+    def measured(self, kept: dict | None) -> tuple[Recipe, Result]:
+        """Recipe and results behind what is on screen: of the stored run, else of the job while it is
+        known."""
+        if not isinstance(kept, dict) or not ("job" in kept or "run" in kept):
+            raise RequestError("There is nothing on screen yet; press Run first.")
+        if kept.get("run"):
+            run = self.session.store.load(str(kept["run"]))
+            return run.recipe, run.result
+        job = self.job_of(kept)
+        if job is None or job.latest is None:
+            raise RequestError("This is no longer in memory; press Run, a finished run comes from the store.")
+        return job.recipe, job.latest
+
+
+def _leaver(viewers: widgets.Viewers) -> Any:
+    def leave(request: gr.Request) -> None:
+        viewers.leave(str(request.session_hash))
+
+    return leave
