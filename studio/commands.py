@@ -6,6 +6,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from studio.errors import RequestError
@@ -110,11 +111,43 @@ def replay(argv: list[str]) -> int:
     return 0 if report["agrees"] else 1
 
 
+def export_edit(argv: list[str]) -> int:
+    """export-edit: edits as a diffusers LoRA, or as a whole pipeline folder with them in its weights"""
+    count = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    options = {
+        "model": (str, *COMMON["model"], "atlas-sd"),
+        "lora": (str, "FILE", "write a LoRA in diffusers' layout here (.safetensors); must not exist", ""),
+        "full": (str, "DIR", "write the edited pipeline as a diffusers folder here; must not exist", ""),
+        **{k: (str, *COMMON[k], "") for k in ("models", "device", "dtype", "threads")},
+        "force": (bool, "", "take an edit that was made for other weights", ""),
+    }
+    purpose = "Edits for other programs; several are composed first. EDIT is a file, or FILE@STRENGTH."
+    given = parse_options("export-edit EDIT...", purpose, options, argv[count:])
+    if not count or not {"lora", "full"} & given.keys():
+        raise RequestError(
+            "Which edit, and as what? `locus export-edit EDIT... --lora FILE.safetensors` or `--full DIR`."
+        )
+    from studio.edit_export import export_edits
+    from studio.store import check_free, check_free_file
+
+    lora = check_free_file(given["lora"], "--lora", ".safetensors") if "lora" in given else None
+    full = Path(given["full"]).expanduser() if "full" in given else None
+    if full is not None:
+        check_free(full)
+    with contextlib.closing(new_session(given)) as session:
+        active = [session.shelf.open(entry) for entry in argv[:count]]
+        model = session.model(given.get("model", "atlas-sd"), "diffusion")
+        export_edits(model, active, lora=lora, full=full, force=given["force"])
+    print(*filter(None, (lora, full)), sep="\n")
+    return 0
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": serve,
     "models": models,
     "doctor": doctor,
     "replay": replay,
+    "export-edit": export_edit,
 }
 
 

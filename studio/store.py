@@ -202,8 +202,6 @@ def _fill(run: Run, folder: Path, figure: Figure | None) -> None:
 
 def write_edit(edit: Edit, path: Path) -> None:
     """Writes an edit file (contract), beside its place first; StudioError when that fails."""
-    from safetensors.numpy import save_file
-
     note = {
         "locus.method": edit.method,
         "locus.base_fingerprint": edit.base_fingerprint,
@@ -212,16 +210,37 @@ def write_edit(edit: Edit, path: Path) -> None:
         "locus.params": json.dumps(dict(edit.params), ensure_ascii=False),
     }
     deltas = {n: np.ascontiguousarray(d, np.float32) for n, d in edit.deltas.items()}
+    write_tensors(deltas, note, path)
+
+
+def write_tensors(tensors: Mapping[str, np.ndarray], note: Mapping[str, str], path: Path) -> None:
+    """Writes a safetensors file, beside its place first; StudioError when that fails."""
+    from safetensors.numpy import save_file
+
     beside = path.parent / f"{_HIDDEN}{os.getpid()}-{path.name[:50]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(deltas, beside, metadata=note)
+        save_file(dict(tensors), beside, metadata=dict(note))
         beside.replace(path)
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
         raise StudioError(f"The edit could not be saved as {path}: {reason}.") from error
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_pipeline(pipe: Any, folder: Path) -> None:
+    """Writes a diffusers pipeline as a folder, beside its place first; StudioError when that fails."""
+    beside = folder.absolute().parent / f"{_HIDDEN}{os.getpid()}-{folder.name[:50]}"
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        pipe.save_pretrained(beside, safe_serialization=True)
+        beside.rename(folder)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
+        raise StudioError(f"The model could not be saved as {folder}: {reason}.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def as_record(run: Run) -> dict[str, Any]:

@@ -138,6 +138,11 @@ def text_name(encoder: nn.Module, site: Site) -> str:
     return next(name for name, module in encoder.named_modules() if module is wanted)
 
 
+def stored_text_name(name: str) -> str:
+    """A module's name in a CLIP text encoder as files spell it, whatever the library calls it in memory."""
+    return name if name.startswith("text_model.") else f"text_model.{name}"
+
+
 def text_norm(encoder: nn.Module) -> nn.Module:
     """The final layer norm."""
     return text_root(encoder).final_layer_norm
