@@ -158,10 +158,19 @@ class Readings:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: DiffusionModel, texts: Conditioning, uncond: Conditioning | None) -> Readings:
-        """Readings of the texts and, after them, of the unconditional text: one forward of the least size."""
+    def of(
+        cls,
+        model: DiffusionModel,
+        texts: Conditioning,
+        uncond: Conditioning | None = None,
+        layers: Sequence[str] | None = None,
+    ) -> Readings:
+        """Readings of the texts and, after them, of the unconditional text: one forward of the least size.
+        `layers`: only these."""
         whole = texts if uncond is None else texts.join(uncond.rows([0]))
-        sites = [s for layer in model.unet_sites(["cross-attention"]) for s in text_reads(layer)]
+        found = model.unet_sites(["cross-attention"])
+        found = [s for s in found if layers is None or s.layer in layers]
+        sites = [s for layer in found for s in text_reads(layer)]
         modules = {s: unet_module(model.unet, s) for s in sites}
         side = 2 ** (len(model.unet.config.block_out_channels) - 1) * model.vae_factor
         plan = Plan(height=side, width=side)
