@@ -1,4 +1,4 @@
-"""Neurons of cross-attention that tell a concept from its neutral counterpart, and an edit that silences them.
+"""Neurons of cross-attention that tell a concept from a neutral text, and an edit that silences them.
 
 A neuron is an output unit of to_k or to_v. z = (mean_c - mean_n) / sqrt(s_c^2 / n_c + s_n^2 / n_n) over
 templates, at the concept's last token (or the row's last token). The edit sets the k units with the largest
