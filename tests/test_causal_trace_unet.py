@@ -12,7 +12,7 @@ import torch
 
 from studio import Recipe
 from studio.errors import Cancelled, RequestError
-from studio.methods.causal_trace_unet import KINDS, layout, windows
+from studio.methods.unet_modules import KINDS, layout, windows
 from studio.models.hooks import hook_count
 from studio.types import Site
 from tests.references import naive_trace
@@ -51,7 +51,7 @@ def test_arrays_are_those_of_the_contract(session: Any) -> None:
     shapes = {n: [a.name for a in t.axes] for n, t in arrays.items()}
     assert shapes == {
         "clean": ["seed"], "corrupted": ["seed"], "restored": ["seed", "layer"],
-        "indirect_effect": ["layer"], "indirect_effect_sem": ["layer"],
+        "indirect_effect": ["layer"], "indirect_effect_sem": ["layer"], "normalised_effect": ["layer"],
     }  # fmt: skip
     labels = arrays["restored"].axis("layer").labels
     assert (
@@ -65,7 +65,7 @@ def test_arrays_are_those_of_the_contract(session: Any) -> None:
     np.testing.assert_allclose(
         arrays["indirect_effect_sem"].values, effect.std(0, ddof=1) / np.sqrt(2), atol=1e-6
     )
-    assert len(run.result.images) == 2 * 12
+    assert len(run.result.images) == 2 * 13
 
 
 def test_one_seed_has_no_standard_error(session: Any) -> None:
@@ -188,13 +188,16 @@ def test_a_step_range_lies_between_nothing_and_everything(session: Any) -> None:
         trace(session, first_step=3)
 
 
-def test_screen_counts_few_rows_and_knows_the_planted_layer(session: Any, atlas: Any) -> None:
+def test_screen_knows_the_planted_layer(session: Any, atlas: Any) -> None:
+    """The planted row's latents lie on the line from corrupted to clean, where nothing is estimated."""
     sites = atlas.unet_sites(["cross-attention"])
     values = [atlas.unet.get_submodule(str(s.layer)).to_v.weight for s in sites]
     with silenced([w for i, w in enumerate(values) if i != 7]):
-        arrays = trace(session, screen=True).result.arrays
-    np.testing.assert_allclose(arrays["screen"].values, np.arange(10) == 7, atol=1e-3)
-    assert np.isnan(arrays["indirect_effect"].values).all()
+        result = trace(session, screen=True, noise=10.0).result
+    share = result.arrays["screen"].values / result.values["screen_total_effect"]
+    np.testing.assert_allclose(share, np.arange(10) == 7, atol=2e-3)
+    assert np.isnan(result.arrays["indirect_effect"].values).all()
+    assert {f"seed0-screen-{n}" for n in ("clean", "corrupted")} <= set(result.images)
 
 
 def test_every_warning_says_what_to_do(session: Any) -> None:

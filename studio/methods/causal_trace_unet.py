@@ -8,14 +8,13 @@ score(clean) - score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from studio.errors import RequestError
-from studio.measure import rank_agreement, standard_error
+from studio.methods.noise_search import SEARCH, settle
 from studio.methods.text_to_image import (
     NOISE,
     Bench,
@@ -23,15 +22,17 @@ from studio.methods.text_to_image import (
     SamplingParams,
     ScoreParams,
     check_corruption,
-    corrupted_states,
-    image_name,
     warn_lost_tokens,
 )
+from studio.methods.trace_statistics import caption
+from studio.methods.unet_modules import KINDS, layout, stacked
+from studio.methods.unet_modules import row_kinds as row_kinds  # the Trace panel reads it here
+from studio.methods.unet_screen import few_steps
+from studio.methods.unet_trace import UNetTrace, span
 from studio.registry import knob, method
-from studio.types import Axis, Figure, Patch, Report, Result, Run, Site, Trace
+from studio.types import Figure, Report, Result, Run, Trace
 
-KINDS = ("cross-attention", "self-attention", "resnet", "feed-forward")
-SCREEN_STEPS = 5
+_PNDM = "from 0; pndm makes one model call more than --steps, counted as a step: its 1 and 2 share a timestep"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,7 @@ class Params(SamplingParams, ScoreParams):
     """How the trace is made."""
 
     noise: float = NOISE
+    search_noise: bool = SEARCH
     kinds: tuple[str, ...] = knob(KINDS, "kinds of modules", choices=(*KINDS, "stream"))
     window: int = knob(
         1, "neighbouring modules of one kind that are restored together", unit="modules", low=1, high=99
@@ -56,12 +58,28 @@ class Params(SamplingParams, ScoreParams):
         advanced=True,
     )
     first_step: int | None = knob(
-        None, "first denoising step at which outputs are replaced, from 0", low=0, advanced=True
+        None, f"first denoising step at which outputs are replaced, {_PNDM}", low=0, advanced=True
     )
     last_step: int | None = knob(
-        None, "last denoising step at which outputs are replaced", low=0, advanced=True
+        None, f"last denoising step at which outputs are replaced, {_PNDM}", low=0, advanced=True
     )
-    screen: bool = knob(False, "only the quick screen: estimates from a few steps of one clean trajectory")
+    step_ranges: int | None = knob(
+        None,
+        "also restore each module within each of so many equal ranges of denoising steps: a map over ranges "
+        "and modules, as many times the cost",
+        unit="ranges",
+        low=2,
+        high=100,
+        advanced=True,
+    )
+    guidance_also: float | None = knob(
+        None,
+        "the whole trace once more at this guidance scale, beside the first",
+        low=0,
+        high=100,
+        advanced=True,
+    )
+    screen: bool = knob(False, "only the quick screen: estimates from images of six steps")
     hint: bool = knob(
         True, "show the screen before the exact cells, and report how well it ranks them", advanced=True
     )
@@ -70,82 +88,42 @@ class Params(SamplingParams, ScoreParams):
 def check(inputs: CorruptionInputs, params: Params, seeds: tuple[int, ...]) -> None:
     """What can be refused without the model."""
     check_corruption(inputs)
-    if (
-        params.first_step is not None
-        and params.last_step is not None
-        and params.first_step > params.last_step
-    ):
+    first, last = params.first_step, params.last_step
+    if first is not None and last is not None and first > last:
         raise RequestError("--first-step must not come after --last-step.")
 
 
-def site_labels(sites: list[Site]) -> tuple[str, ...]:
-    """Full module names; `stream` is told from `resnet` where both are there."""
-    both = {"stream", "resnet"} <= {s.kind for s in sites}
-    return tuple(f"{s.layer} (stream)" if both and s.kind == "stream" else str(s.layer) for s in sites)
-
-
-def kind_of(label: str) -> str:
-    """The kind of a module by its label."""
-    ends = {"attn2": "cross-attention", "attn1": "self-attention", "ff": "feed-forward", "(stream)": "stream"}
-    return next((kind for end, kind in ends.items() if label.endswith(end)), "resnet")
-
-
-def row_kinds(labels: tuple[str, ...], kinds: Sequence[str]) -> list[str]:
-    """The kind of each label in a trace of these kinds: without `resnet` among them a block is its stream."""
-    found = [kind_of(label) for label in labels]
-    return ["stream" if k == "resnet" and "resnet" not in kinds else k for k in found]
-
-
-def windows(sites: list[Site], width: int) -> list[list[Site]]:
-    """For each site the neighbours of its own kind that are treated with it, itself in the centre."""
-    by_kind: dict[str, list[Site]] = {}
-    for site in sites:
-        by_kind.setdefault(site.kind, []).append(site)
-    out = []
-    for site in sites:
-        row = by_kind[site.kind]
-        i = row.index(site)
-        out.append(row[max(0, i - (width - 1) // 2) : i + width // 2 + 1])
-    return out
-
-
-def layout(labels: tuple[str, ...], values: np.ndarray, asked: Sequence[str] = KINDS) -> dict[str, Any]:
-    """Modules on a grid for the heat map: a row a kind, a column a place in the UNet. Cells without a
-    module are NaN."""
-    places, kinds = [], row_kinds(labels, asked)
-    for label in labels:
-        parts = label.replace(" (stream)", "").split(".")
-        block = parts[0].removesuffix("_blocks").removesuffix("_block") + (
-            f" {parts[1]}" if parts[0] != "mid_block" else ""
-        )
-        numbers = [int(p) for p in parts if p.isdigit()][0 if parts[0] == "mid_block" else 1 :]
-        places.append((block, numbers[0] if numbers else 0, numbers[1] if len(numbers) > 1 else 0))
-    columns, rows = list(dict.fromkeys(places)), [k for k in (*KINDS, "stream") if k in kinds]
-    blocks = list(dict.fromkeys(b for b, _, _ in columns))
-    columns.sort(key=lambda p: (blocks.index(p[0]), p[1], p[2]))
-    grid, names = np.full((len(rows), len(columns)), np.nan), [[""] * len(columns) for _ in rows]
-    for label, place, kind, value in zip(labels, places, kinds, values, strict=True):
-        r, c = rows.index(kind), columns.index(place)
-        grid[r, c], names[r][c] = value, label
-    deep = any(p[2] for p in columns)
-    return {
-        "rows": rows,
-        "cols": [f"{b} · {i}.{j}" if deep else f"{b} · {i}" for b, i, j in columns],
-        "values": grid,
-        "names": names,
-        "col_title": "place in the UNet, in execution order",
-        "row_title": "",
-    }
-
-
 def draw(run: Run) -> Figure:
-    """The heat map of indirect effects (of the screen when there is nothing else)."""
-    arrays = run.result.arrays
-    effect = arrays["screen"] if run.recipe.params["screen"] else arrays["indirect_effect"]
-    data = layout(effect.axis("layer").labels, effect.values, run.recipe.params["kinds"])
+    """The heat map of indirect effects (of the screen when there is nothing else). With ranges of steps or a
+    second guidance scale: for every kind a row a map."""
+    arrays, params = run.result.arrays, run.recipe.params
+    screened = params["screen"]
+    effect = arrays["screen"] if screened else arrays["indirect_effect"]
+    labels, maps = effect.axis("layer").labels, []
+    if not screened:
+        maps = _maps(arrays)
+    data = stacked(labels, maps, params["kinds"]) if maps else layout(labels, effect.values, params["kinds"])
     data["unit"] = effect.unit
-    what = "screen" if run.recipe.params["screen"] else "indirect effect"
-    return Figure("heat", data, title=f"{run.recipe.model}: {what}, “{run.recipe.inputs['prompt']}”")
+    what = "screen" if screened else "indirect effect"
+    said = "" if screened else caption(run.result.values, len(run.recipe.seeds))
+    return Figure(
+        "heat", data, title=f"{run.recipe.model}: {what}, “{run.recipe.inputs['prompt']}”", caption=said
+    )
+
+
+def _maps(arrays: dict[str, Trace]) -> list[tuple[str, np.ndarray]]:
+    """(name, effect of each module) of every map of a run, empty where there is only one."""
+    steps, scales = (arrays.get(f"indirect_effect_by_{n}") for n in ("steps", "guidance"))
+    both = arrays.get("indirect_effect_by_guidance_and_steps")
+    if both is not None:
+        names = [f"guidance {g}, steps {r}" for g in both.axes[0].labels for r in both.axes[1].labels]
+        return list(zip(names, both.values.reshape(len(names), -1), strict=True))
+    if scales is not None:
+        return [(f"guidance {g}", v) for g, v in zip(scales.axes[0].labels, scales.values, strict=True)]
+    if steps is not None:
+        whole = [("all steps", arrays["indirect_effect"].values)]
+        return whole + [(f"steps {r}", v) for r, v in zip(steps.axes[0].labels, steps.values, strict=True)]
+    return []
 
 
 @method(
@@ -163,236 +141,42 @@ def draw(run: Run) -> Figure:
 def trace_unet(
     model: Any, inputs: CorruptionInputs, params: Params, seeds: tuple[int, ...], scorer: Any, report: Report
 ) -> Result:
-    """`clean`, `corrupted` (seed), `restored` (seed, layer), `indirect_effect`, `indirect_effect_sem`
-    (layer), `screen` (layer)."""
+    """`clean`, `corrupted` (seed), `restored` (seed, layer), `indirect_effect` with `_sem`, `_low`, `_high`
+    (layer), `normalised_effect` (layer), `screen` (layer), `indirect_effect_by_steps` (range, layer),
+    `indirect_effect_by_guidance` (guidance, layer), `indirect_effect_by_guidance_and_steps`."""
     bench = Bench.of(model, params, inputs.prompt, scorer, report)
-    if (params.first_step or 0) >= bench.plan.steps:
-        raise RequestError(
-            f"--first-step {params.first_step} is past the last step, {bench.plan.steps - 1}; nothing would "
-            "be replaced."
-        )
+    _check_plan(bench, params)
     warn_lost_tokens(model, [inputs.prompt, *([inputs.replacement] if inputs.replacement else [])], report)
-    trace = _Trace(bench, inputs, params, seeds)
+    quick = replace(bench, plan=few_steps(bench.plan)) if params.screen else bench
+    trace = UNetTrace(bench, inputs, params, seeds, settle(quick, inputs, params, seeds))
     if params.screen and len(seeds) > 1:
         report.warn(
             f"The screen looks at one seed, {seeds[0]}; exact cells (without --screen) take all of them."
         )
     if params.screen or params.hint:
-        report.plan(trace.screen_rows(), "screening")
-        trace.take_screen()
+        screen = trace.screen_of(seeds[0])
+        report.plan(screen.rows(), "screening")
+        trace.keep_screen(screen.take())
         report.partial(trace.result())
     if not params.screen:
         report.plan(trace.exact_rows(report.rows), "tracing")
-        for j in range(len(seeds)):
-            trace.take_seed(j, report.rows)
-        trace.verdict(report)
+        for g in range(len(trace.benches)):
+            for j in range(len(seeds)):
+                trace.take_seed(g, j, report.rows)
+    trace.verdict(report)
     return trace.result()
 
 
-class _Trace:
-    """The state of one trace: what is measured so far, and how the next rows are made."""
-
-    def __init__(
-        self, bench: Bench, inputs: CorruptionInputs, params: Params, seeds: tuple[int, ...]
-    ) -> None:
-        self.bench, self.inputs, self.params, self.seeds = bench, inputs, params, seeds
-        model = bench.model
-        self.sites = model.unet_sites(params.kinds)
-        self.labels, self.windows = site_labels(self.sites), windows(self.sites, params.window)
-        self.cond = corrupted_states(model, inputs, params.noise, seeds)
-        shape = (len(seeds), len(self.sites))
-        self.clean, self.corrupted = (
-            np.full(len(seeds), np.nan, np.float32),
-            np.full(len(seeds), np.nan, np.float32),
+def _check_plan(bench: Bench, params: Params) -> None:
+    """Refuses steps that the plan does not have, and a second guidance scale that is the first."""
+    first, last = span(bench, params)
+    if first > last:
+        raise RequestError(f"--first-step {first} is past the last step, {last}; nothing would be replaced.")
+    if params.step_ranges and params.step_ranges > last - first + 1:
+        raise RequestError(
+            f"--step-ranges {params.step_ranges} are more than the {last - first + 1} steps; give fewer."
         )
-        self.restored, self.screen = np.full(shape, np.nan, np.float32), np.full(shape, np.nan, np.float32)
-        self.images: dict[str, np.ndarray] = {}
-        last = params.last_step if params.last_step is not None else 10**6
-        self.when = (
-            None if params.first_step is None and params.last_step is None else (params.first_step or 0, last)
+    if params.guidance_also == bench.plan.guidance:
+        raise RequestError(
+            f"--guidance-also {params.guidance_also:g} is the scale of the trace itself; give another one."
         )
-
-    # ---- exact --------------------------------------------------------------------------------------------
-
-    def batches(self, rows: int) -> list[list[int]]:
-        """Cells of each batch; clean and corrupted rows come with the first, the row to copy from with
-        every one."""
-        cells, out = list(range(len(self.sites))), []
-        matched = self.params.latents == "matched"
-        while cells or not out:
-            room = max(1, rows - 2 if not out else rows if matched else rows - 1)
-            room = max(1, room // 2) if matched else room
-            out.append(cells[:room])
-            cells = cells[room:]
-        return out
-
-    def exact_rows(self, rows: int) -> int:
-        """Rows times steps of the exact trace, for the progress bar."""
-        per_seed = sum(len(self._worlds(k, b)) for k, b in enumerate(self.batches(rows)))
-        return per_seed * len(self.seeds) * self.bench.plan.steps
-
-    def _worlds(self, k: int, cells: list[int]) -> list[int]:
-        """Which text states each row reads (0 clean, 1 corrupted): helper rows first, then a row a cell."""
-        base = 0 if self.params.direction == "corrupt" else 1
-        helpers = [0, 1] if not k else [] if self.params.latents == "matched" else [1 - base]
-        return helpers + [base] * len(cells)
-
-    def take_seed(self, j: int, rows: int) -> None:
-        """All cells of one seed; partial results after every batch."""
-        seed, source_world = self.seeds[j], 1 if self.params.direction == "corrupt" else 0
-        clean_image = None
-        for k, cells in enumerate(self.batches(rows)):
-            worlds = self._worlds(k, cells)
-            helpers, matched = len(worlds) - len(cells), self.params.latents == "matched"
-            patches = []
-            for i, cell in enumerate(cells):
-                row = helpers + i
-                source = len(worlds) + row if matched else worlds.index(source_world)
-                patches += [
-                    Patch(site, do="copy", value=source, rows=(row,), when=self.when)
-                    for site in self.windows[cell]
-                ]
-            text = self.cond.rows([0 if w == 0 else j + 1 for w in worlds])
-            shadow = self.cond.rows([0 if source_world == 0 else j + 1] * len(worlds)) if matched else None
-            images = self.bench.images(text, [seed] * len(worlds), patches, shadow)
-            if not k:
-                clean_image = images[0]
-                both = self.bench.score(images[:2], clean_image)
-                self.clean[j], self.corrupted[j] = both
-                self.images |= {
-                    image_name(f"seed{seed}", "clean"): images[0],
-                    image_name(f"seed{seed}", "corrupted"): images[1],
-                }
-            if cells:
-                self.restored[j, cells] = self.bench.score(images[helpers:], clean_image)
-                self.images |= {
-                    image_name(f"seed{seed}", self.labels[c]): im
-                    for c, im in zip(cells, images[helpers:], strict=True)
-                }
-            self.bench.report.partial(self.result())
-
-    # ---- screen -------------------------------------------------------------------------------------------
-
-    def screen_rows(self) -> int:
-        """UNet rows of the screen: one guided clean trajectory and, at a few of its steps, every
-        intervention."""
-        steps = min(SCREEN_STEPS, self.bench.plan.steps)
-        return self.bench.plan.steps + steps * (len(self.sites) + 2)
-
-    def take_screen(self) -> None:
-        """For the first seed: the share of the text's pull on the predicted noise that each module restores.
-
-        At latents of the clean trajectory: <e_m - e_corrupted, e_clean - e_corrupted> / |e_clean -
-        e_corrupted|^2, the mean over
-        a few steps, conditional rows only.
-        """
-        from studio.models.sampling import trajectory
-
-        model, plan, seed = self.bench.model, self.bench.plan, self.seeds[0]
-        wanted = np.unique(np.linspace(0, plan.steps - 1, min(SCREEN_STEPS, plan.steps)).round().astype(int))
-        if self.when:
-            wanted = [i for i in wanted if self.when[0] <= i <= self.when[1]] or [self.when[0]]
-        uncond = model.unconditional(1, plan)
-        kept, final = {}, None
-        for i, latents in trajectory(model, self.cond.rows([0]), uncond, [seed], plan):
-            if i in wanted:
-                kept[i] = latents
-            final = latents
-            self.bench.report.step(1 if i else 0)
-        image = model.decode(final)
-        self.images.setdefault(f"seed{seed}-clean", image[0])
-        self.clean[0] = self.bench.score(image, image[0])[0]
-        shares = np.stack([self._shares(latents, i, plan) for i, latents in kept.items()])
-        self.screen[0] = shares.mean(0)
-
-    def _shares(self, latents: Any, step: int, plan: Any) -> np.ndarray:
-        """One share a cell at one step's latents."""
-        import torch
-
-        from studio.models.hooks import watch
-        from studio.models.sampling import new_scheduler, raw_output
-        from studio.models.sites import unet_module
-
-        model, scheduler = self.bench.model, new_scheduler(self.bench.model, plan)
-        t = scheduler.timesteps[step]
-        if hasattr(scheduler, "set_begin_index"):
-            scheduler.set_begin_index(step)
-        x = scheduler.scale_model_input(latents, t)
-        forwards = self.params.direction == "restore"
-        out = []
-        for start in range(0, len(self.sites), max(1, self.bench.report.rows - 2)):
-            cells = range(start, min(len(self.sites), start + max(1, self.bench.report.rows - 2)))
-            worlds = [0, 1] + [1 if forwards else 0] * len(cells)
-            patches = [
-                Patch(site, do="copy", value=0 if forwards else 1, rows=(2 + i,))
-                for i, c in enumerate(cells)
-                for site in self.windows[c]
-            ]
-            modules = {p.site: unet_module(model.unet, p.site) for p in patches}
-            with torch.no_grad(), watch(modules, patches=patches):
-                e = (
-                    raw_output(model, x.expand(len(worlds), -1, -1, -1), t, self.cond.rows(worlds), plan)
-                    .double()
-                    .flatten(1)
-                )
-            pull = e[0] - e[1]
-            moved = (e[2:] - e[1]) if forwards else (e[0] - e[2:])
-            out.append((moved @ pull / pull.square().sum().clamp(min=1e-20)).cpu().numpy())
-            self.bench.report.step(len(worlds))
-        return np.concatenate(out)
-
-    # ---- results ------------------------------------------------------------------------------------------
-
-    def effects(self) -> np.ndarray:
-        """(seed, layer) effects, NaN where a cell is not measured yet."""
-        if self.params.direction == "corrupt":
-            return self.clean[:, None] - self.restored
-        return self.restored - self.corrupted[:, None]
-
-    def verdict(self, report: Report) -> None:
-        """Warns when clean and corrupted images hardly differ, since every effect is then small by force."""
-        total = self.clean - self.corrupted
-        least = {"clip": 0.01, "probability": 0.02, "distance": 0.005}[self.params.metric]
-        if abs(float(total.mean())) < least:
-            report.warn(
-                f"Clean and corrupted images hardly differ in score ({float(total.mean()):.3g}), so the "
-                f"effects say little; "
-                "raise --noise, take another subject, or compare with --against."
-            )
-
-    def result(self) -> Result:
-        """Everything measured so far."""
-        effects = self.effects()
-        done = ~np.isnan(effects).all(0)
-        mean = np.full(len(self.sites), np.nan, np.float32)
-        mean[done] = np.nanmean(effects[:, done], axis=0)
-        sem = standard_error(effects)
-        seed, layer = Axis("seed", tuple(map(str, self.seeds))), Axis("layer", self.labels)
-        unit = self.bench.unit
-        arrays = {
-            "clean": Trace(self.clean, (seed,), unit),
-            "corrupted": Trace(self.corrupted, (seed,), unit),
-            "restored": Trace(self.restored, (seed, layer), unit),
-            "indirect_effect": Trace(mean, (layer,), unit),
-            "indirect_effect_sem": Trace(sem, (layer,), unit),
-        }
-        plan = self.bench.plan
-        values: dict[str, Any] = {
-            "steps": plan.steps,
-            "guidance": plan.guidance,
-            "scheduler": plan.scheduler,
-            "noise": self.params.noise,
-            "total_effect": float(np.nanmean(self.clean - self.corrupted))
-            if np.isfinite(self.clean - self.corrupted).any()
-            else None,
-        }
-        if not np.isnan(self.screen).all():
-            arrays["screen"] = Trace(
-                self.screen[0], (layer,), "share of the text's pull on the predicted noise"
-            )
-            for kind in dict.fromkeys(s.kind for s in self.sites):
-                mine = np.array([s.kind == kind for s in self.sites])
-                values[f"screen_rank_agreement {kind}"] = rank_agreement(
-                    self.screen[0][mine], effects[0][mine]
-                )
-        return Result(arrays, values, dict(self.images))

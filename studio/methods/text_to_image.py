@@ -183,6 +183,11 @@ class Bench:
         )
 
     @property
+    def calls(self) -> int:
+        """Model calls of one image."""
+        return calls_of(self.model, self.plan)
+
+    @property
     def unit(self) -> str:
         """What the scores are, in words."""
         names = {
@@ -193,6 +198,13 @@ class Bench:
         return names[self.params.metric] + (
             " minus that with the other text" if self.params.against and self.params.metric == "clip" else ""
         )
+
+
+def calls_of(model: Any, plan: Any) -> int:
+    """Model calls of one image: the plan's steps, and one more with pndm."""
+    from studio.models.sampling import new_scheduler
+
+    return len(new_scheduler(model, plan).timesteps)
 
 
 def stepper(report: Report, rows: int) -> Callable[[int, Any], None]:
