@@ -235,10 +235,8 @@ def trajectory(
     shadow: Conditioning | None = None,
     read: Callable[..., torch.Tensor] | None = None,
 ) -> Iterator[tuple[int, torch.Tensor]]:
-    """Yields (i, latents read at step i) for every model call, then (number of calls, final latents).
-
-    `read` computes the guided output in place of `predict`, for whoever needs more of the same pass.
-    """
+    """Yields (i, latents read at step i) for every model call, then (number of calls, final latents). `read`
+    computes the guided output in place of `predict`, for whoever needs more of the same pass."""
     scheduler = new_scheduler(model, plan)
     uncond = uncond if guided(model, plan) else None
     generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
