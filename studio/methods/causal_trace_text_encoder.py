@@ -1,20 +1,20 @@
 """Causal mediation inside the text encoder: corrupt the subject's embeddings, restore one state, draw, score.
 
 Restored: the output of self-attention, of the MLP, or the hidden state, at one layer and token. Text passes
-are free; an
-image is made once for each distinct resulting embedding. Diff-QuickFix, arXiv 2310.13730, section 3.
+are free; an image is made once for each distinct resulting embedding. Diff-QuickFix, arXiv 2310.13730,
+section 3.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from studio.measure import standard_error
+from studio.methods.noise_search import SEARCH, Noise, settle, warn_weak, without_subject
 from studio.methods.text_to_image import (
     NOISE,
     Bench,
@@ -26,12 +26,14 @@ from studio.methods.text_to_image import (
     image_name,
     warn_lost_tokens,
 )
+from studio.methods.trace_statistics import caption, chance_values, effect_arrays, known_mean, warn_chance
 from studio.registry import knob, method
 from studio.types import Axis, Figure, Patch, Report, Result, Run, Site, Trace
 
 KINDS = ("self-attention", "mlp", "hidden")
 SAME = 1e-5  # embeddings closer than this, relative to their size, give one image
 TEXT_ROWS = 64
+_SKETCH = 64  # numbers that stand for a text state until two of them look alike
 
 Cell = tuple[int, int, int]
 
@@ -41,6 +43,7 @@ class Params(SamplingParams, ScoreParams):
     """How the trace is made."""
 
     noise: float = NOISE
+    search_noise: bool = SEARCH
     kinds: tuple[str, ...] = knob(KINDS, "kinds of states", choices=KINDS)
 
 
@@ -64,7 +67,8 @@ def draw(run: Run) -> Figure:
         "row_title": "layer",
         "col_title": "token",
     }
-    return Figure("heat", data, title=f"{run.recipe.model}: indirect effect, “{run.recipe.inputs['prompt']}”")
+    title = f"{run.recipe.model}: indirect effect, “{run.recipe.inputs['prompt']}”"
+    return Figure("heat", data, title=title, caption=caption(run.result.values, len(run.recipe.seeds)))
 
 
 @method(
@@ -82,15 +86,18 @@ def draw(run: Run) -> Figure:
 def trace_text_encoder(
     model: Any, inputs: CorruptionInputs, params: Params, seeds: tuple[int, ...], scorer: Any, report: Report
 ) -> Result:
-    """`clean`, `corrupted` (seed), `restored` (seed, kind, layer, token), `indirect_effect`,
-    `indirect_effect_sem`."""
+    """`clean`, `corrupted` (seed), `restored` (seed, kind, layer, token), `indirect_effect` with `_sem`,
+    `_low`, `_high` and `normalised_effect` (kind, layer, token)."""
     bench = Bench.of(model, params, inputs.prompt, scorer, report)
     warn_lost_tokens(model, [inputs.prompt, *([inputs.replacement] if inputs.replacement else [])], report)
-    trace = _Trace(bench, inputs, params, seeds)
-    states = [trace.embeddings(j) for j in range(len(seeds))]
-    report.plan(sum(len(distinct) for distinct, _ in states) * bench.plan.steps, "tracing")
-    for j, (distinct, images_of) in enumerate(states):
-        trace.take_seed(j, distinct, images_of)
+    trace = _Trace(bench, inputs, params, seeds, settle(bench, inputs, params, seeds))
+    report.plan(len(list(trace.cells())), "encoding")
+    for j in range(len(seeds)):
+        states, index = trace.embeddings(j)
+        if j == 0:  # other seeds have as many, but for a coincidence
+            report.plan(len(states) * len(seeds) * bench.calls, "tracing")
+        trace.take_seed(j, states, index)
+    trace.verdict(report)
     return trace.result()
 
 
@@ -98,9 +105,9 @@ class _Trace:
     """The state of one trace."""
 
     def __init__(
-        self, bench: Bench, inputs: CorruptionInputs, params: Params, seeds: tuple[int, ...]
+        self, bench: Bench, inputs: CorruptionInputs, params: Params, seeds: tuple[int, ...], noise: Noise
     ) -> None:
-        self.bench, self.inputs, self.params, self.seeds = bench, inputs, params, seeds
+        self.bench, self.inputs, self.params, self.seeds, self.noise = bench, inputs, params, seeds, noise
         row = bench.model.tokens(inputs.prompt)
         self.tokens, self.places = row.trace_labels(), row.trace_positions()
         self.layers = [s for part in bench.model.encoders for s in bench.model.text_sites("hidden", part)]
@@ -112,6 +119,9 @@ class _Trace:
             np.full(len(seeds), np.nan, np.float32),
         )
         self.restored, self.images, self.distinct = np.full(shape, np.nan, np.float32), {}, 0
+        self.removed = np.full(len(seeds), np.nan, np.float32)
+        asks = inputs.replacement is None and noise.removal is None
+        self.without = bench.model.encode([without_subject(inputs)])[0] if asks else None
 
     def cells(self) -> Iterator[Cell]:
         """(kind, layer, token) of every cell."""
@@ -126,21 +136,18 @@ class _Trace:
         return [Patch(site, do="copy", value=0, at=self.places[token], rows=(row,))]
 
     def embeddings(self, j: int) -> tuple[Any, np.ndarray]:
-        """(distinct text states, index of the state of each row): rows are clean, corrupted, then the cells.
-
-        Cells whose state equals an earlier one's share it, so that its image is made once.
-        """
-        cells, parts = list(self.cells()), []
+        """(text states to make images of, index of the state of each row): rows are clean, corrupted, then
+        the cells. Cells whose state equals an earlier one's share it, so that its image is made once. The
+        prompt without its subject is the last state where it is asked for."""
+        cells, pool, index = list(self.cells()), Distinct(2 + self.restored[0].size), []
         for start in range(0, len(cells), TEXT_ROWS):
             chunk = cells[start : start + TEXT_ROWS]
-            parts.append(self._encode(j, chunk))
-        cond = (
-            parts[0].rows(range(len(parts[0])))
-            if len(parts) == 1
-            else parts[0].join(*[p.rows(range(2, len(p))) for p in parts[1:]])
-        )
-        index, kept = _distinct(cond)
-        return cond.rows(kept), index
+            cond = self._encode(j, chunk)
+            index.append(pool.add(cond if not start else cond.rows(range(2, len(cond)))))
+            self.bench.report.step(0 if j else len(chunk))
+        self.distinct = max(self.distinct, len(pool))
+        states = pool.states() if self.without is None else pool.states().join(self.without)
+        return states, np.concatenate(index)
 
     def _encode(self, j: int, cells: list[Cell]) -> Any:
         """Text states of rows: clean, corrupted, and one a cell."""
@@ -154,7 +161,7 @@ class _Trace:
                     inputs.prompt,
                     inputs.subject,
                     inputs.subject_occurrence,
-                    self.params.noise,
+                    self.noise.scale,
                     self.seeds[j],
                     r,
                 )
@@ -165,89 +172,118 @@ class _Trace:
         patches += [p for i, cell in enumerate(cells) for p in self.patches(cell, 2 + i)]
         return self.bench.model.encode(texts, patches=patches)[0]
 
-    def take_seed(self, j: int, distinct: Any, index: np.ndarray) -> None:
+    def take_seed(self, j: int, states: Any, index: np.ndarray) -> None:
         """All images of one seed; partial results after every batch."""
-        cells, scores, images, clean = (
-            list(self.cells()),
-            np.full(len(distinct), np.nan, np.float32),
-            {},
-            None,
-        )
-        self.distinct = max(self.distinct, len(distinct))
-        for start in range(0, len(distinct), self.bench.report.rows):
-            rows = range(start, min(len(distinct), start + self.bench.report.rows))
-            made = self.bench.images(distinct.rows(list(rows)), [self.seeds[j]] * len(rows))
-            clean = made[0] if clean is None else clean
-            scores[list(rows)] = self.bench.score(made, clean)
+        scores, images = np.full(len(states), np.nan, np.float32), {}
+        for start in range(0, len(states), self.bench.report.rows):
+            rows = list(range(start, min(len(states), start + self.bench.report.rows)))
+            made = self.bench.images(states.rows(rows), [self.seeds[j]] * len(rows))
             images |= dict(zip(rows, made, strict=True))
+            scores[rows] = self.bench.score(made, images[0])
             self.clean[j], self.corrupted[j] = scores[index[0]], scores[index[1]]
             self.restored[j] = scores[index[2:]].reshape(self.restored[j].shape)
-            seed = f"seed{self.seeds[j]}"
-            self.images |= {
-                image_name(seed, name): images[index[i]]
-                for i, name in enumerate(("clean", "corrupted"))
-                if index[i] in images
-            }
+            named = {"clean": index[0], "corrupted": index[1]}
+            if self.without is not None:
+                named["removed"], self.removed[j] = len(states) - 1, scores[-1]
             if j == 0:
-                self.images |= {
-                    image_name(seed, *self.cell_name(c)): images[i]
-                    for c, i in zip(cells, index[2:], strict=True)
-                    if i in images
-                }
+                cells = zip(self.cells(), index[2:], strict=True)
+                named |= {image_name(*self.cell_name(c)): i for c, i in cells}
+            made = {image_name(f"seed{self.seeds[j]}", n): images[i] for n, i in named.items() if i in images}
+            self.images |= made
             self.bench.report.partial(self.result())
 
     def cell_name(self, cell: Cell) -> tuple[str, str, str]:
         """kind, layer and token position, for image names."""
         return self.params.kinds[cell[0]], self.layer_labels[cell[1]], f"token{cell[2]}"
 
+    def effects(self) -> np.ndarray:
+        """(seed, kind, layer, token) effects, NaN where a cell is not measured yet."""
+        return self.restored - self.corrupted[:, None, None, None]
+
+    def removal(self) -> np.ndarray:
+        """What removing the subject takes from the score (seed,), NaN where that is not measured."""
+        return self.noise.removal if self.noise.removal is not None else self.clean - self.removed
+
+    def verdict(self, report: Report) -> None:
+        """Warns of a corruption that is too weak, and of effects within the reach of chance."""
+        total, removal = known_mean(self.clean - self.corrupted), known_mean(self.removal())
+        warn_weak(report, self.noise, self.params.metric, total, np.nan if removal is None else removal)
+        warn_chance(report, self.effects())
+
     def result(self) -> Result:
         """Everything measured so far."""
-        effects = self.restored - self.corrupted[:, None, None, None]
-        done = ~np.isnan(effects).all(0)
-        mean = np.full(effects.shape[1:], np.nan, np.float32)
-        mean[done] = np.nanmean(effects[:, done], axis=0)
-        seed = Axis("seed", tuple(map(str, self.seeds)))
-        place = (
-            Axis("kind", self.params.kinds),
-            Axis("layer", self.layer_labels),
-            Axis("token", self.tokens),
-        )
-        unit = self.bench.unit
+        seed, kind = Axis("seed", tuple(map(str, self.seeds))), Axis("kind", self.params.kinds)
+        place = (kind, Axis("layer", self.layer_labels), Axis("token", self.tokens))
+        unit, effects, total = self.bench.unit, self.effects(), self.clean - self.corrupted
         arrays = {
             "clean": Trace(self.clean, (seed,), unit),
             "corrupted": Trace(self.corrupted, (seed,), unit),
             "restored": Trace(self.restored, (seed, *place), unit),
-            "indirect_effect": Trace(mean, place, unit),
-            "indirect_effect_sem": Trace(standard_error(effects), place, unit),
+            **effect_arrays(effects, total, place, unit),
         }
-        plan, total = self.bench.plan, self.clean - self.corrupted
         values = {
-            "steps": plan.steps,
-            "guidance": plan.guidance,
-            "scheduler": plan.scheduler,
-            "noise": self.params.noise,
+            **{name: getattr(self.bench.plan, name) for name in ("steps", "guidance", "scheduler")},
+            **self.noise.values(),
             "distinct_embeddings": self.distinct,
-            "total_effect": float(np.nanmean(total)) if np.isfinite(total).any() else None,
+            "total_effect": known_mean(total),
+            "removal_effect": known_mean(self.removal()),
+            **chance_values(effects),
         }
         return Result(arrays, values, dict(self.images))
 
 
-def _distinct(cond: Any) -> tuple[np.ndarray, list[int]]:
-    """(index of the state of every row, rows that are kept): rows within SAME of an earlier one are that
-    one."""
-    import torch
+class Distinct:
+    """Text states without repeats: a row within SAME of an earlier one, relative to the largest entry of the
+    first row, is that one.
 
-    flat = (
-        cond.states.flatten(1)
-        if cond.pooled is None
-        else torch.cat([cond.states.flatten(1), cond.pooled], dim=1)
-    )
-    flat = flat.float()
-    limit = SAME * float(flat.abs().max())
-    kept, index = [], np.zeros(len(flat), int)
-    for i, row in enumerate(flat):
-        near = torch.nonzero((flat[kept] - row).abs().amax(1) <= limit) if kept else []
-        index[i] = int(near[0]) if len(near) else len(kept)
-        if not len(near):
-            kept.append(i)
-    return index, kept
+    Every row is sketched by its products with a few random sign vectors, drawn with a fixed seed. Rows that
+    are the same have sketches within a bound that follows from SAME, so only rows with such sketches are
+    compared entry by entry.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._rows: list[Any] = []
+        self._sketches = np.zeros((most, _SKETCH), np.float32)
+        self._first, self._signs, self._limit = None, None, 0.0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def states(self) -> Any:
+        """The kept states, in the order in which they came."""
+        import torch
+
+        first, flat = self._first, torch.stack(self._rows)
+        width = first.states[0].numel()
+        states = flat[:, :width].reshape(-1, *first.states.shape[1:]).to(first.states.dtype)
+        pooled = None if first.pooled is None else flat[:, width:].to(first.pooled.dtype)
+        return replace(first, states=states, pooled=pooled)
+
+    def add(self, cond: Any) -> np.ndarray:
+        """The place of each row's state among the kept ones; new states are kept."""
+        import torch
+
+        pooled = [] if cond.pooled is None else [cond.pooled]
+        flat = torch.cat([cond.states.flatten(1).float(), *(p.float() for p in pooled)], dim=1)
+        if self._first is None:
+            self._start(cond, flat)
+        sketches = (flat @ self._signs).cpu().numpy()
+        index, bound = np.zeros(len(flat), int), self._limit * flat.shape[1]
+        for i, row in enumerate(flat):
+            n = len(self._rows)
+            alike = np.flatnonzero(np.abs(self._sketches[:n] - sketches[i]).max(1, initial=0) <= bound)
+            same = (k for k in alike if float((self._rows[k] - row).abs().max()) <= self._limit)
+            index[i] = next(same, n)
+            if index[i] == n:
+                self._rows.append(row.clone())
+                self._sketches[n] = sketches[i]
+        return index
+
+    def _start(self, cond: Any, flat: Any) -> None:
+        """Draws the signs, and takes the measure of what counts as the same."""
+        import torch
+
+        self._first, self._limit = cond.rows([0]), SAME * float(flat[0].abs().max())
+        generator = torch.Generator("cpu").manual_seed(0)
+        signs = torch.randint(0, 2, (flat.shape[1], _SKETCH), generator=generator)
+        self._signs = (2.0 * signs - 1).to(flat.device)
