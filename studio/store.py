@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import math
 import os
@@ -76,6 +77,32 @@ class Store:
             return []
         names = (f.name for f in self.root.iterdir() if (f / "run.json").is_file())
         return sorted((n for n in names if not n.startswith(".")), key=_natural, reverse=True)
+
+    def keep_edit(self, file: Path) -> str:
+        """Keeps a copy of an edit file under the hash of its bytes, which it returns: stacks name edits so,
+        whatever becomes of the run that made one."""
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        if not (target := self._edits / f"{digest}.safetensors").exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                copy_file(file, target)
+        return digest
+
+    def edit_file(self, digest: str) -> Path:
+        """The file of an edit that was kept; RequestError when there is none."""
+        if not self.has_edit(digest):
+            raise RequestError("That edit is no longer in the store; make it again or load its file.")
+        return self._edits / f"{digest}.safetensors"
+
+    def has_edit(self, digest: str) -> bool:
+        """Whether an edit of that hash is kept."""
+        return (
+            bool(re.fullmatch(r"[0-9a-f]{64}", digest)) and (self._edits / f"{digest}.safetensors").is_file()
+        )
+
+    @property
+    def _edits(self) -> Path:
+        return self.root / "edits"
 
     def sweep_leftovers(self) -> int:
         """Removes half-written folders of processes that are gone; returns how many."""
@@ -214,13 +241,23 @@ def write_edit(edit: Edit, path: Path) -> None:
 
 
 def write_tensors(tensors: Mapping[str, np.ndarray], note: Mapping[str, str], path: Path) -> None:
-    """Writes a safetensors file, beside its place first; StudioError when that fails."""
-    from safetensors.numpy import save_file
+    """Writes a safetensors file of float32 tensors, beside its place first; StudioError when that fails.
 
+    The library's own writer shuffles metadata, and the same edit would have another hash every time.
+    """
+    header, end = {"__metadata__": dict(note)}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    head = json.dumps(header, ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
     beside = path.parent / f"{_HIDDEN}{os.getpid()}-{path.name[:50]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), beside, metadata=dict(note))
+        with beside.open("wb") as opened:
+            opened.write(len(head).to_bytes(8, "little") + head)
+            for tensor in tensors.values():
+                opened.write(np.ascontiguousarray(tensor, "<f4").data)
         beside.replace(path)
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__

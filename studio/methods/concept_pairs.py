@@ -14,9 +14,10 @@ from typing import Any
 
 from studio.edits import Pairs
 from studio.errors import RequestError
-from studio.types import Edit
+from studio.types import Edit, Report
 
 TEMPLATES = ("{}", "a photo of {}", "an image of {}", "a picture of {}")
+MANY_PIECES = 4  # tokens of one word
 _ROWS = 64  # prompts of one text pass
 
 States = Mapping[str, Any]  # (tokens, width) float64 by prompt
@@ -71,6 +72,11 @@ class Place:
         if text:
             check_readable(model, text)
             last = row.covering((start, start + len(text)), text)[-1]
+            if row.lost and row.offsets[last][1] < start + len(text):
+                raise RequestError(
+                    f"{text[:60]!r} is longer than the {row.length} tokens that {model.id} reads; name the "
+                    "concept in fewer words."
+                )
         else:
             last = max(i for i, (_, b) in enumerate(row.offsets[: row.end]) if b <= max(start, 0))
         return cls(row.text, (last, *(range(row.end, row.length) if ends else ())))
@@ -88,6 +94,17 @@ def check_readable(model: Any, text: str) -> None:
         raise RequestError(
             f"{text[:60]!r} is not in the vocabulary of {model.id}: its tokenizer can't read "
             f"{'all of it' if ids else 'any of it'}; name the concept in other words."
+        )
+
+
+def warn_spelled(model: Any, concepts: tuple[str, ...], report: Report) -> None:
+    """Warns of words of a concept that the tokenizer reads in so many pieces that the model may not know."""
+    words = dict.fromkeys(w for concept in concepts for w in concept.split())
+    rare = [w for w in words if len(model.tokens(w).labels) - 2 >= MANY_PIECES]
+    if rare:
+        report.warn(
+            f"Not in the vocabulary of {model.id}, which reads it in pieces and may not know it: "
+            f"{', '.join(rare[:8])[:200]}."
         )
 
 

@@ -14,7 +14,7 @@ from studio.edits import CLOSED_FORMS, LowRank, Pairs, overlay, parameters_of, p
 from studio.errors import RequestError, StudioError
 from studio.measure import METRICS, Question, score
 from studio.methods import locoedit, quickfix, uce
-from studio.methods.concept_pairs import TEMPLATES, Place, Wanted
+from studio.methods.concept_pairs import TEMPLATES, Place, Wanted, warn_spelled
 from studio.methods.edit_request import check_request, layer_names, record
 from studio.methods.text_to_image import Bench, SamplingParams, ScoreParams, image_name
 from studio.registry import REQUIRED, knob, method
@@ -144,6 +144,7 @@ def edit(
     """The edit, `relative_size` (matrix), and `before` and `after` (concept, seed) when a metric is asked
     for."""
     asked = record(model, inputs, params, FORMS[params.method])
+    warn_spelled(model, asked.concepts, report)
     if params.method != "quickfix":
         wanted = Wanted.of(asked)
         found = locoedit.localized(model, wanted, params, scorer, report) if params.localizes else None

@@ -20,9 +20,8 @@ def textbook(
     weight: np.ndarray, keys: np.ndarray, values: np.ndarray, weights: np.ndarray, lam: float
 ) -> np.ndarray:
     """W' (m, d) = (lam W + sum s v k^T) (lam I + sum s k k^T)^-1."""
-    left, right = lam * weight, lam * np.eye(weight.shape[1])
-    for k, v, s in zip(keys.T, values.T, weights, strict=True):
-        left, right = left + s * np.outer(v, k), right + s * np.outer(k, k)
+    left = lam * weight + values @ np.diag(weights) @ keys.T
+    right = lam * np.eye(weight.shape[1]) + keys @ np.diag(weights) @ keys.T
     return left @ np.linalg.inv(right)
 
 
@@ -97,14 +96,16 @@ def unet_edit(
 ) -> dict[str, np.ndarray]:
     """Deltas of to_k and to_v of the layers, by parameter name."""
     keys, deltas = columns(pipe.tokenizer, changes, templates, ends), {}
+    prompts = {p for own, _, guides in keys for p in (own, *(g[0] for g in guides))}
+    states = {p: embedding(pipe, p) for p in prompts}
     for name in [f"{layer}.{leaf}" for layer in layers for leaf in ("to_k", "to_v")]:
         weight = pipe.unet.get_submodule(name).weight.detach().double().numpy()
         k, v = [], []
         for prompt, place, guides in keys:
-            own = embedding(pipe, prompt)[place]
+            own = states[prompt][place]
             k.append(own)
             kept = (1 - sum(s for *_, s in guides)) * (weight @ own)
-            v.append(kept + sum(s * (weight @ embedding(pipe, p)[at]) for p, at, s in guides))
+            v.append(kept + sum(s * (weight @ states[p][at]) for p, at, s in guides))
         k, v = np.stack(k, 1), np.stack(v, 1)
         deltas[f"unet.{name}.weight"] = textbook(weight, k, v, np.ones(k.shape[1]), lam) - weight
     return deltas
@@ -116,11 +117,13 @@ def text_edit(
     """Delta of the first layer's out_proj."""
     out_proj = getattr(encoder, "text_model", encoder).encoder.layers[0].self_attn.out_proj
     weight = out_proj.weight.detach().double().numpy()
-    k, v = [], []
-    for prompt, place, guides in columns(tokenizer, changes, templates, ends):
-        read, wrote = (a[place] for a in projection(encoder, tokenizer, prompt))
+    keys, k, v = columns(tokenizer, changes, templates, ends), [], []
+    prompts = {p for own, _, guides in keys for p in (own, *(g[0] for g in guides))}
+    states = {p: projection(encoder, tokenizer, p) for p in prompts}
+    for prompt, place, guides in keys:
+        read, wrote = (a[place] for a in states[prompt])
         k.append(read)
         kept = (1 - sum(s for *_, s in guides)) * wrote
-        v.append(kept + sum(s * projection(encoder, tokenizer, p)[1][at] for p, at, s in guides))
+        v.append(kept + sum(s * states[p][1][at] for p, at, s in guides))
     k, v = np.stack(k, 1), np.stack(v, 1)
     return textbook(weight, k, v, np.ones(k.shape[1]), lam) - weight
