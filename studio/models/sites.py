@@ -21,6 +21,7 @@ from studio.types import Site
 UNET_KINDS = ("cross-attention", "self-attention", "resnet", "feed-forward", "stream")
 _INSIDE = {
     "resnet": "conv2",
+    "cross-attention-query": "to_q",
     "cross-attention-key": "to_k",
     "cross-attention-value": "to_v",
     "cross-attention-out": "to_out.0",
