@@ -215,6 +215,9 @@ def test_the_screen_comes_first_and_orders_what_it_may(session: Any) -> None:
     plain = search(session, (0,), folder, window=2).result.arrays
     np.testing.assert_allclose(run.result.arrays["replaced"].values, plain["replaced"].values, atol=2e-4)
     assert np.isfinite(run.result.values["screen_rank_agreement"])
+    effect = plain["direct_effect"].values
+    share = effect[int(np.argmax(screen))] / effect.max()
+    assert run.result.values["screen_best_share"] == pytest.approx(float(share), abs=2e-3)
 
 
 @pytest.mark.parametrize("agrees", [0.79, 0.8])

@@ -226,6 +226,14 @@ class Search:
             return float("nan")
         return rank_agreement(self.screen, self.effects(windows(self.depth, self.width))[0])
 
+    def luck(self) -> float:
+        """Effect of the screen's best window by that of the best one, at the screen's seed; NaN before both are
+        there."""
+        effects = self.effects(windows(self.depth, self.width))[0] * np.sign(self.total())
+        if np.isnan(effects).any() or not (most := float(effects.max())) > 0:
+            return float("nan")
+        return float(effects[int(np.argmax(self.screen))]) / most
+
     def total(self) -> float:
         """Effect of swapping all layers, NaN before it is measured."""
         return float(mean_known(self.effects([self.everything]))[0])
@@ -293,6 +301,7 @@ class Search:
         }
         if self.screen is not None:
             values |= {"screen_rank_agreement": none_if_nan(self.agreement()), "order": self.order}
+            values["screen_best_share"] = none_if_nan(self.luck())
         if self.growth:
             grown = (f"{size}: {label} ({share:.2f})" for size, (label, share) in self.growth.items())
             values["growth"] = ", ".join(grown)
