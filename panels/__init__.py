@@ -8,10 +8,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by gradio at import: no
 
 import gradio as gr
 
-from panels import localize, trace
+from panels import edit, localize, trace
 from studio.session import Session
 
-PANELS = (trace, localize)
+PANELS = (trace, localize, edit)
 
 
 def build(session: Session) -> gr.Blocks:

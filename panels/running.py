@@ -59,17 +59,18 @@ class Running:
         """Outputs other than the export buttons."""
         return [c for name, c in self.out.items() if name != "export"]
 
-    def wire_run(self, *also: Any) -> None:
-        """Connects Run (and the submit events `also`), Stop, loading and leaving."""
+    def wire_run(self, *also: Any) -> Any:
+        """Connects Run (and the submit events `also`), Stop, loading and leaving; returns Run's event."""
         form, out = self.form, self.out
         buttons = out["export"].values() if "export" in out else ()
         shown = [self.state, self.client, form["run"], form["stop"], *self.fields, *buttons]
         runs = dict(outputs=shown, concurrency_limit=None, show_progress="hidden", api_visibility="private")
-        gr.on([form["run"].click, *also], self.start, set(self.named), **runs)
+        started = gr.on([form["run"].click, *also], self.start, set(self.named), **runs)
         form["stop"].click(self.stop, self.client, out["status"], **QUIET)
         page = gr.context.Context.root_block
         page.load(self.again, self.client, **runs)
         page.unload(_leaver(self.viewers))
+        return started
 
     # ---- handlers -----------------------------------------------------------------------------------------
 
@@ -125,7 +126,10 @@ class Running:
         final: dict[Any, Any] = {stop: gr.Button(interactive=False), out["status"]: widgets.status(job, 0)}
         if job.run is not None and job.run.id and "export" in out:
             final |= widgets.exported(self.session.store.path(job.run.id), out["export"])
-        final |= self.drawn(job.recipe, last, again=True) if last else self.empty()
+        if last is None:
+            yield final | self.empty()
+            return
+        final |= {self.state: self.kept(job), **self.drawn(job.recipe, last, again=True)}
         yield final
 
     # ---- what is on screen --------------------------------------------------------------------------------

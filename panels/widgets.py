@@ -59,7 +59,8 @@ def widget(
         return gr.Textbox(value=value or "", max_length=20_000, **common)
     if meta["choices"]:
         return gr.CheckboxGroup(choices=list(meta["choices"]), value=list(value or ()), **common)
-    return gr.Textbox(value=", ".join(value or ()), **common)
+    common["info"] = f"{help_[:-1]}; one a line."
+    return gr.Textbox(value="\n".join(value or ()), lines=2, max_lines=8, **common)
 
 
 def model_choice(panel: str, family: str, default: str) -> gr.Dropdown:
@@ -155,8 +156,18 @@ def own(name: str, chosen: Method) -> str:
 
 def asked(chosen: Method, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the chosen method's knobs, from the panel's inputs by name; empty fields are defaults."""
-    given = {n: values.get(own(n, chosen), values.get(n)) for n in knobs([chosen])}
-    return {n: (v if v not in ("", []) else None) for n, v in given.items()}
+    given: dict[str, Any] = {}
+    for name, (_, kind) in knobs([chosen]).items():
+        value = values.get(own(name, chosen), values.get(name))
+        many = kind not in (int, float, str, bool) and isinstance(value, str)
+        value = split_lines(value) if many else value
+        given[name] = None if value in ("", []) else value
+    return given
+
+
+def split_lines(text: str) -> list[str]:
+    """The lines of a text that say something."""
+    return [part.strip() for part in text.split("\n") if part.strip()]
 
 
 def status(job: Job, position: int) -> str:

@@ -13,6 +13,7 @@ from studio.edits import Active, compose, overlay
 from studio.errors import RequestError
 from studio.models.sites import stored_text_name
 from studio.store import write_pipeline, write_tensors
+from studio.types import Edit
 
 TOLERANCE = 1e-6  # of the norm of a change: what float32 deltas hold of it
 
@@ -27,6 +28,15 @@ def export_edits(
     if full is not None:
         with overlay(model, active, force=force):
             write_pipeline(model.pipe, full)
+
+
+def composed(model: Any, active: Sequence[Active]) -> Edit:
+    """Active edits at their strengths as one edit, which is no closed form any more (method "stack")."""
+    parts = [{"method": a.edit.method, "strength": a.strength, **a.edit.params} for a in active]
+    deltas = {n: d.float().cpu().numpy() for n, d in compose(model, active).items()}
+    concepts = tuple(c for a in active for c in a.edit.concepts)
+    others = tuple(r for a in active for r in a.edit.replacements)
+    return Edit(deltas, model.fingerprint, concepts, {"parts": parts}, "stack", others)
 
 
 def lora_tensors(deltas: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -113,6 +113,26 @@ class Session:
             raise job.error
         return job.run
 
+    def call(self, model: str, what: Callable[[Any], Any], *, user: str = "local") -> Any:
+        """what(model) on the device, in turn with all jobs: to read a text-to-image model, never to change
+        it. Raises what it raised."""
+        job = self.queue.submit(Recipe("", model), user, call=what)
+        while not job.over:
+            job.wait(job.version, 0.5)
+        if job.error:
+            raise job.error
+        return job.run
+
+    def cross_attention_layers(self, name: str) -> tuple[str, ...]:
+        """Names of a text-to-image model's cross-attention layers in execution order, from its
+        configuration alone."""
+        from studio.models.sites import cross_attention_names
+
+        source = locate(name, self.models_folder)
+        if source.kind != "diffusion":
+            raise RequestError(f"{name} is no text-to-image model, so it has no cross-attention layers.")
+        return cross_attention_names(source.path)
+
     def checked(self, recipe: Recipe) -> Recipe:
         """The recipe with every default filled in, or RequestError."""
         method = find_method(recipe.method)
@@ -212,6 +232,8 @@ class Session:
         import torch
 
         torch.set_num_threads(self.threads)
+        if "call" in job.options:
+            return job.options["call"](self.model(job.recipe.model, "diffusion"))
         recipe, method = job.recipe, find_method(job.recipe.method)
         inputs, params, seeds = parse(
             method, {**recipe.inputs, **recipe.params}, recipe.seeds if method.samples else None

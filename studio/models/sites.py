@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -88,6 +89,17 @@ def unet_order(config: str) -> dict[str, int]:
     names = {n for kind in unet_site_names(unet).values() for n in kind}
     ordered = execution_order({n: unet.get_submodule(n) for n in names}, lambda: dry_run(unet))
     return {name: place for place, name in enumerate(ordered)}
+
+
+@lru_cache(maxsize=8)
+def cross_attention_names(folder: Path) -> tuple[str, ...]:
+    """Names of the cross-attention layers of the pipeline in `folder`, in execution order, without loading
+    it."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder / "unet"))
+    return tuple(str(s.layer) for s in unet_sites(unet, ["cross-attention"]))
 
 
 def dry_run(unet: nn.Module) -> None:
