@@ -247,11 +247,11 @@ class Composer:
     def layers(self, model: Any, active: Sequence[Active]) -> list[dict[str, Any]]:
         """Deltas by parameter name, to be added one dictionary after the other.
 
-        One closed form alone is its file's own delta. Edits of the text encoder come first, because the keys
-        of edits of the UNet are then built from what the edited encoder gives.
+        One closed form alone is its file's own delta; an edit at strength 0 is off. Edits of the text encoder
+        come first, because the keys of edits of the UNet are then built from what the edited encoder gives.
         """
         added, text, unet = [], [], []
-        for a in active:
+        for a in (a for a in active if a.strength != 0):
             (added if not _solvable(model, a.edit) else text if _reads_text(a.edit) else unet).append(a)
         out = self._solve(model, text) + [_scaled(a) for a in added]
         moved = [{n: d for n, d in layer.items() if n.startswith("text_encoder")} for layer in out]

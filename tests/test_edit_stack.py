@@ -66,7 +66,8 @@ def parts(model: Any, edits: list[Edit], name: str) -> list[tuple]:
 def test_one_edit_is_its_own_delta(model: Any, way: str) -> None:
     one = made(model, "star", "circle", method=way)
     assert all(np.array_equal(compose(model, [Active(one)])[n], d) for n, d in one.deltas.items())
-    for strength in (0.6, -2.0, 0.0):
+    assert compose(model, [Active(one, 0.0)]) == {}
+    for strength in (0.6, -2.0):
         found = compose(model, [Active(one, strength)])
         assert all(np.array_equal(found[n], np.float32(strength) * d) for n, d in one.deltas.items())
 
