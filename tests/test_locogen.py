@@ -272,6 +272,9 @@ def test_prompts_are_the_unit_when_runs_are_combined(session: Any) -> None:
     np.testing.assert_allclose(
         both["direct_effect_sem"].values, effects.std(0, ddof=1) / np.sqrt(2), atol=1e-6
     )
+    low, high = both["direct_effect_low"].values, both["direct_effect_high"].values
+    assert (low <= effects.mean(0)).all() and (high >= effects.mean(0)).all() and (low < high).all()
+    assert both["by_prompt"].at("prompt", "1").values.tolist() == effects[1].tolist()
     total = np.mean([r.values["total_effect"] for r in runs])
     np.testing.assert_allclose(both["share"].values, effects.mean(0) / total, rtol=1e-4)
     with pytest.raises(RequestError, match="same windows"):

@@ -227,8 +227,8 @@ class Search:
         return rank_agreement(self.screen, self.effects(windows(self.depth, self.width))[0])
 
     def luck(self) -> float:
-        """Effect of the screen's best window by that of the best one, at the screen's seed; NaN before both are
-        there."""
+        """Effect of the screen's best window by that of the best one, at the screen's seed; NaN before both
+        are there."""
         effects = self.effects(windows(self.depth, self.width))[0] * np.sign(self.total())
         if np.isnan(effects).any() or not (most := float(effects.max())) > 0:
             return float("nan")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from studio.errors import RequestError
-from studio.measure import standard_error
+from studio.measure import nested_bootstrap, ratio_of_means, standard_error
 from studio.methods.direct_effect import CLEAN, TRUSTED, Search, mean_known, windows
 from studio.methods.text_to_image import Bench, SamplingParams, ScoreParams, warn_lost_tokens
 from studio.registry import REQUIRED, knob, method
@@ -162,21 +162,29 @@ def verdict(search: Search, report: Report) -> None:
 
 def combine(results: Sequence[Result]) -> dict[str, Trace]:
     """Direct effects of a concept over several prompts, which are the unit: `direct_effect` and
-    `direct_effect_sem` (window) over the prompts' own means, `by_prompt` (prompt, window), and `share`
-    (window), the ratio of the mean effect to the mean effect of all layers."""
+    `direct_effect_sem` (window) over the prompts' own means, `direct_effect_low` and `direct_effect_high`
+    (window), their 95 % interval by a nested bootstrap over prompts and seeds, `by_prompt` (prompt, window),
+    and `share` (window), the ratio of the mean effect to the mean effect of all layers."""
     axes = [r.arrays["direct_effect"].axes for r in results]
     if not results or any(a != axes[0] for a in axes):
         raise RequestError("Only runs with the same windows can be combined; give each the same --window.")
-    window, unit = axes[0][0], results[0].arrays["direct_effect"].unit
-    effects = np.stack([r.arrays["direct_effect"].values for r in results])
-    totals = [float(np.nanmean(r.arrays["clean"].values - r.arrays["all_layers"].values)) for r in results]
-    mean = mean_known(effects)
+    kept = [{n: r.arrays[n].values for n in ("clean", "replaced", "all_layers")} for r in results]
+    effects = [k["clean"][:, None] - k["replaced"] for k in kept]
+    total = float(np.mean([mean_known((k["clean"] - k["all_layers"])[:, None])[0] for k in kept]))
+    means = np.stack([mean_known(e) for e in effects])
+    low, high = nested_bootstrap(effects)
+    values = {
+        "direct_effect": mean_known(means),
+        "direct_effect_sem": standard_error(means),
+        "direct_effect_low": low,
+        "direct_effect_high": high,
+    }
+    window, unit = axes[0], results[0].arrays["direct_effect"].unit
     prompt = Axis("prompt", tuple(map(str, range(len(results)))))
-    return {
-        "by_prompt": Trace(effects, (prompt, window), unit),
-        "direct_effect": Trace(mean, (window,), unit),
-        "direct_effect_sem": Trace(standard_error(effects), (window,), unit),
-        "share": Trace(mean / np.float32(np.mean(totals) or np.nan), (window,), "of all layers' effect"),
+    share = ratio_of_means(values["direct_effect"], total)
+    return {name: Trace(v, window, unit) for name, v in values.items()} | {
+        "by_prompt": Trace(means, (prompt, *window), unit),
+        "share": Trace(share, window, "of all layers' effect"),
     }
 
 
