@@ -80,6 +80,8 @@ def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:
         raise RequestError("--paraphrase must say the prompt in other words; it is the prompt, or empty.")
     if params.screen and params.grow is not None:
         raise RequestError("--screen measures no effect that --grow could compare; leave one of them out.")
+    if params.order == "screen" and not params.hint:
+        raise RequestError("--order screen needs the screen; leave --no-hint out.")
 
 
 def paraphrases(prompt: str) -> tuple[str, ...]:
