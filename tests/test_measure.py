@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 
 from studio.errors import RequestError
-from studio.measure import METRICS, Question, rank_agreement, score, standard_error
+from studio.measure import (
+    METRICS,
+    Question,
+    chance_line,
+    nested_bootstrap,
+    rank_agreement,
+    ratio_of_means,
+    score,
+    standard_error,
+)
 
 NAN = math.nan
 
@@ -101,3 +111,99 @@ def test_standard_error_of_one_value_is_nan() -> None:
 def test_rank_agreement(a: list[float], b: list[float], expected: float) -> None:
     found = rank_agreement(np.array(a, float), np.array(b, float))
     assert found == pytest.approx(expected, nan_ok=True)
+
+
+# ---- intervals and chance --------------------------------------------------------------------------------
+
+
+def every_resample(values: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(means of all nested resamples (N, *cell), their probabilities): every choice of prompts, and for each
+    of them every choice of its seeds."""
+    means, chances = [], []
+    for prompts in itertools.product(range(len(values)), repeat=len(values)):
+        picks = [list(itertools.product(range(len(values[p])), repeat=len(values[p]))) for p in prompts]
+        for seeds in itertools.product(*picks):
+            rows = [values[p][list(s)].mean(0) for p, s in zip(prompts, seeds, strict=True)]
+            means.append(np.mean(rows, axis=0))
+            chances.append(1 / np.prod([len(pick) for pick in picks]))
+    return np.array(means), np.array(chances) / len(values) ** len(values)
+
+
+@pytest.mark.parametrize("seeds", [(5,), (4,), (3, 2), (1, 1, 1), (2, 2, 2)])
+def test_bootstrap_is_that_of_all_resamples(seeds: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(7)
+    values = [rng.normal(size=(n, 2, 3)) + p for p, n in enumerate(seeds)]
+    low, high = nested_bootstrap(values, level=0.9)
+    means, chances = every_resample(values)
+    assert chances.sum() == pytest.approx(1) and low.shape == high.shape == (2, 3)
+    for bound, share in ((low, 0.05), (high, 0.95)):  # float32 bounds: an atom within 1e-5 counts as reached
+        below = ((means < bound - 1e-5) * chances[:, None, None]).sum(0)
+        upto = ((means <= bound + 1e-5) * chances[:, None, None]).sum(0)
+        assert (below <= share + 0.02).all() and (upto >= share - 0.02).all()
+
+
+def test_bootstrap_repeats_and_follows_its_seed() -> None:
+    values = [np.random.default_rng(0).normal(size=(6, 4))]
+    first = nested_bootstrap(values, draws=200)
+    np.testing.assert_array_equal(first, nested_bootstrap(values, draws=200))
+    assert not np.array_equal(first, nested_bootstrap(values, draws=200, seed=1))
+
+
+def test_bootstrap_of_what_is_not_measured_is_nan() -> None:
+    values = np.ones((3, 2))
+    values[1, 0] = NAN
+    low, high = nested_bootstrap([values])
+    np.testing.assert_array_equal(low, [NAN, 1])
+    np.testing.assert_array_equal(high, [NAN, 1])
+    assert np.isnan(nested_bootstrap([np.ones((1, 2))])).all()
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
+    """400 sets of 12 prompts whose effects differ, 3 seeds each: 95 % asked for, a little less is usual."""
+    rng = np.random.default_rng(1)
+    sets = rng.normal(size=(12, 1, 400)) + 0.5 * rng.normal(size=(12, 3, 400))  # 400 sets as cells, truth 0
+    low, high = nested_bootstrap(list(sets))
+    assert 0.87 < ((low < 0) & (high > 0)).mean() < 0.99
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 6])
+def test_chance_line_is_that_of_all_sign_flips(n: int) -> None:
+    effects = np.random.default_rng(n).normal(size=(n, 3, 2)) + 0.3
+    largest = sorted(
+        max(sum(s * e for s, e in zip(signs, cell, strict=True)) / n for cell in effects.reshape(n, -1).T)
+        for signs in itertools.product((1, -1), repeat=n)
+    )
+    place = math.ceil(0.95 * len(largest)) - 1
+    assert chance_line(effects) == pytest.approx(largest[place], rel=1e-12)
+
+
+def test_chance_line_of_many_seeds_is_near_that_of_all_flips() -> None:
+    effects = np.random.default_rng(3).normal(size=(14, 5))
+    signs = np.array(list(itertools.product((1, -1), repeat=14)))
+    whole = np.quantile((signs @ effects / 14).max(1), 0.95)
+    assert chance_line(effects) == pytest.approx(whole, rel=0.05)
+
+
+def test_chance_is_exceeded_as_rarely_as_it_says() -> None:
+    rng = np.random.default_rng(5)
+    null = [rng.normal(size=(6, 10)) for _ in range(400)]
+    assert np.mean([(e.mean(0) > chance_line(e)).any() for e in null]) <= 0.05 + 0.025
+    found = [e + 4 * (np.arange(10) == 3) for e in null[:50]]
+    assert np.mean([np.argmax(e.mean(0)) == 3 and e.mean(0)[3] > chance_line(e) for e in found]) > 0.9
+
+
+def test_under_five_seeds_nothing_lies_above_the_line() -> None:
+    for n in (2, 3, 4):
+        effects = 1 + 0.01 * np.random.default_rng(n).normal(size=(n, 4))
+        assert chance_line(effects) >= effects.mean(0).max() - 1e-12
+    assert chance_line(np.ones((5, 4)) * [1, 2, 3, 4]) < 4
+
+
+def test_there_is_no_line_for_one_seed_or_without_numbers() -> None:
+    assert math.isnan(chance_line(np.ones((1, 3)))) and math.isnan(chance_line(np.full((3, 2), NAN)))
+    assert chance_line(np.array([[1.0, NAN], [1.0, 2.0]])) == 1.0  # a cell that is not whole is left out
+
+
+def test_ratio_of_means() -> None:
+    np.testing.assert_allclose(ratio_of_means(np.array([1.0, NAN]), 4.0), [0.25, NAN])
+    assert np.isnan(ratio_of_means(np.ones(2), 0.0)).all() and np.isnan(ratio_of_means(np.ones(2), NAN)).all()

@@ -32,7 +32,10 @@ from studio.methods.unet_trace import UNetTrace, span
 from studio.registry import knob, method
 from studio.types import Figure, Report, Result, Run, Trace
 
-_PNDM = "from 0; pndm makes one model call more than --steps, counted as a step: its 1 and 2 share a timestep"
+_FROM = (
+    "from 0; steps are model calls, of which pndm makes more than --steps: in Stable Diffusion one more, its "
+    "1 and 2 share a timestep"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +61,10 @@ class Params(SamplingParams, ScoreParams):
         advanced=True,
     )
     first_step: int | None = knob(
-        None, f"first denoising step at which outputs are replaced, {_PNDM}", low=0, advanced=True
+        None, f"first denoising step at which outputs are replaced, {_FROM}", low=0, advanced=True
     )
     last_step: int | None = knob(
-        None, f"last denoising step at which outputs are replaced, {_PNDM}", low=0, advanced=True
+        None, f"last denoising step at which outputs are replaced, {_FROM}", low=0, advanced=True
     )
     step_ranges: int | None = knob(
         None,

@@ -57,9 +57,10 @@ def restored_image(
     seed: int,
     steps: int,
     guidance: float,
+    when: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """The corrupted image with the conditional outputs of the modules `names` taken from the clean run at
-    every step."""
+    every step, or from the first to the last step of `when`."""
     kept: dict[str, list[torch.Tensor]] = {n: [] for n in names}
     modules = {n: pipe.unet.get_submodule(f"{n}.conv2" if ".resnets." in f".{n}" else n) for n in names}
     handles = [
@@ -70,11 +71,14 @@ def restored_image(
         handle.remove()
 
     def put_back(name: str) -> Any:
-        queue = list(kept[name])
+        queue = list(enumerate(kept[name]))
 
         def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:
+            step, clean_output = queue.pop(0)
+            if when is not None and not when[0] <= step <= when[1]:
+                return output
             output = output.clone()
-            output[1] = queue.pop(0)
+            output[1] = clean_output
             return output
 
         return hook
