@@ -182,14 +182,14 @@ class _Trace:
             scores[rows] = self.bench.score(made, images[0])
             self.clean[j], self.corrupted[j] = scores[index[0]], scores[index[1]]
             self.restored[j] = scores[index[2:]].reshape(self.restored[j].shape)
-            named = {"clean": index[0], "corrupted": index[1]}
+            named = {("clean",): index[0], ("corrupted",): index[1]}
             if self.without is not None:
-                named["removed"], self.removed[j] = len(states) - 1, scores[-1]
+                named[("removed",)], self.removed[j] = len(states) - 1, scores[-1]
             if j == 0:
                 cells = zip(self.cells(), index[2:], strict=True)
-                named |= {image_name(*self.cell_name(c)): i for c, i in cells}
-            made = {image_name(f"seed{self.seeds[j]}", n): images[i] for n, i in named.items() if i in images}
-            self.images |= made
+                named |= {self.cell_name(c): i for c, i in cells}
+            known = [(n, i) for n, i in named.items() if i in images]
+            self.images |= {image_name(f"seed{self.seeds[j]}", *n): images[i] for n, i in known}
             self.bench.report.partial(self.result())
 
     def cell_name(self, cell: Cell) -> tuple[str, str, str]:
