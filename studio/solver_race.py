@@ -17,20 +17,22 @@ LAYOUTS = {  # input width d, and (output width, how many matrices) of attn2.to_
 
 
 def race(
-    layout: str, *, keys: int = 4, regularization: float = 0.5, repeats: int = 3, seed: int = 0
+    layout: str,
+    draw: Callable[[int, int], Any],
+    *,
+    keys: int = 4,
+    regularization: float = 0.5,
+    repeats: int = 3,
 ) -> dict[str, Any]:
     """Seconds of both forms for all matrices of a layout, and their largest errors against float64.
 
-    keys: columns of K. Each is timed `repeats` times and the best counts, since other programs disturb. Ours
-    is timed on all matrices (a random one of each width stands for the others), the textbook form on one of
-    each width, multiplied by their number.
+    draw: a random float32 tensor of that many rows and columns. keys: columns of K. Each form is timed
+    `repeats` times and the best counts, since other programs disturb. Ours is timed on all matrices (a random
+    one of each width stands for the others), the textbook form on one of each width, times their number.
     """
-    import torch
-
     width, shapes = LAYOUTS[layout]
-    draw = torch.Generator("cpu").manual_seed(seed)
-    k, guides = (torch.randn(width, keys, generator=draw) for _ in range(2))
-    matrices = {m: torch.randn(m, width, generator=draw) / width**0.5 for m, _ in shapes}
+    k, guides = draw(width, keys), draw(width, keys)
+    matrices = {m: draw(m, width) / width**0.5 for m, _ in shapes}
     whole = [matrices[m] for m, count in shapes for _ in range(count)]
     slow, theirs = 0.0, None
     for m, count in shapes:
