@@ -60,7 +60,7 @@ class _Panel(Running):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.stack = gr.State(Stack())
-        self.saved = gr.BrowserState({}, storage_key="locus-edit-stack", secret="locus")
+        self.saved = widgets.kept_in_browser("locus-edit-stack")
         self.pictures = Pictures(self.session)
 
     def recipe(self, given: dict[str, Any]) -> Recipe:

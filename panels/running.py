@@ -27,7 +27,7 @@ class Running:
         self.panel, self.session, self.form, self.out = panel, session, form, out
         self.viewers = widgets.Viewers()
         self.state = gr.State({})
-        self.client = gr.BrowserState({}, storage_key=f"locus-{panel}", secret="locus")
+        self.client = widgets.kept_in_browser(f"locus-{panel}")
         self.named = {c: n for n, c in form.items() if isinstance(c, gr.components.FormComponent)}
 
     # ---- what a panel says of itself ----------------------------------------------------------------------

@@ -148,6 +148,18 @@ def shown_pictures(
     return update | {out["slider"]: gr.update(value=pair if whole else None, visible=whole)}
 
 
+def kept_in_browser(key: str) -> gr.BrowserState:
+    """What a browser keeps over a reload. It stands outside all tabs, because a tab that was not opened yet
+    has not read it when the page loads."""
+    from gradio.context import Context
+
+    inside, Context.block = Context.block, Context.root_block
+    try:
+        return gr.BrowserState({}, storage_key=key, secret="locus")
+    finally:
+        Context.block = inside
+
+
 def own(name: str, chosen: Method) -> str:
     """The name of the input for a knob whose choices differ between the methods of a panel: one a method,
     because the value of an input whose choices have just changed may still be an old one."""
