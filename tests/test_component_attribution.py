@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -13,19 +12,8 @@ import torch
 
 from studio import Recipe
 from studio.edit_files import read_edit
-from studio.edits import overlay
 from studio.errors import Cancelled, RequestError
-from studio.methods.component_ablation import (
-    SCOPES,
-    mask_edit,
-    masks,
-    nearest_ratio,
-    quota,
-    ranked_edit,
-    ranks,
-    unpack,
-    zeroed,
-)
+from studio.methods.component_ablation import ranked_edit, zeroed
 from studio.methods.component_attribution import BARS, correlation, draw, short
 from studio.models import objectives
 from studio.models.objectives import (
@@ -102,13 +90,6 @@ def run(session: Any, seeds: tuple[int, ...] = (0,), model: str = "atlas-sd", **
     return session.run(Recipe("attribute", model, inputs, asked, seeds), save=False, fresh=True)
 
 
-def fake_alphas(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random attributions of matrices of unlike shape, no two alike."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"unet.a.weight": (7, 40), "unet.b.weight": (12, 9), "unet.c.weight": (3, 129)}
-    return {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
-
-
 # ---- against the slow reference ---------------------------------------------------------------------------
 
 CASES = {
@@ -122,24 +103,25 @@ CASES = {
 @pytest.mark.parametrize(("family", "base", "guidance"), CASES.values(), ids=CASES.keys())
 def test_erase_equals_the_slow_reference(family: str, base: str, guidance: float) -> None:
     model = exact(family)
-    fast = attributed(model, base, guidance=guidance)
-    terms = naive.erase_terms(model.pipe, CONCEPT, base, 0, 3, guidance)
+    steps = 2 if family == "sd2" else 3
+    fast = attributed(model, base, guidance=guidance, steps=steps)
+    terms = naive.erase_terms(model.pipe, CONCEPT, base, 0, steps, guidance)
     compare(model, fast, terms)
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2"])
 def test_amplify_equals_the_slow_reference(family: str) -> None:
     model = exact(family)
-    fast = attributed(model, objective="amplify")
-    compare(model, fast, naive.amplify_terms(model.pipe, CONCEPT, 0, 3, 3.0))
+    fast = attributed(model, objective="amplify", steps=2)
+    compare(model, fast, naive.amplify_terms(model.pipe, CONCEPT, 0, 2, 3.0))
 
 
 def compare(model: Any, fast: Objective, terms: Any) -> None:
-    """J, alpha of three matrices, and the true decrease when a unit is zeroed are those of the reference."""
+    """J, alpha of two matrices, and the true decrease when a unit is zeroed are those of the reference."""
     assert fast.values[0] == pytest.approx(naive.objective(terms), rel=1e-9)
     assert fast.measured()[0] == pytest.approx(fast.values[0], rel=1e-9)
     alphas = fast.alphas()
-    names = [*list(alphas)[1:3], list(alphas)[-1]]
+    names = [list(alphas)[1], list(alphas)[-1]]
     slow = naive.attributions(model.pipe, terms, [n.removeprefix("unet.") for n in names])
     for name in names:
         want = slow[name.removeprefix("unet.")]
@@ -293,90 +275,6 @@ def test_weights_are_left_as_they_were() -> None:
         with pytest.raises(ZeroDivisionError):
             attributed(model)
     assert untouched()
-    name = find_weights(model, EVERY)[0].name
-    with pytest.raises(ZeroDivisionError), zeroed(model, {name: torch.ones(before[name[5:]].shape) > 0}):
-        assert not model.unet.get_parameter(name[5:]).any()
-        _ = 1 / 0
-    assert untouched()
-
-
-# ---- what an ablation takes -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("ratio", [0.0, 0.001, 0.05, 0.2, 1.0])
-@pytest.mark.parametrize("scope", SCOPES)
-def test_masks_take_the_largest_positive_ones_of_each_group(scope: str, ratio: float) -> None:
-    alphas = fake_alphas()
-    groups = list(groups_of(alphas, scope))
-    want = set()
-    for group in groups:
-        group = sorted(group, key=lambda place: -float(alphas[place[0]][place[1]]))
-        k = min(len(group), int(np.ceil(ratio * len(group) - 1e-9))) or int(ratio > 0)
-        want |= {p for p in group[:k] if alphas[p[0]][p[1]] > 0}
-    got = {
-        (name, tuple(place))
-        for name, bits in masks(alphas, ratio, scope).items()
-        for place in np.argwhere(unpack(bits, tuple(alphas[name].shape))).tolist()
-    }
-    assert got == want
-    assert ratio == 0 or scope != "row" or len(got) > 0.9 * len(groups)
-
-
-def groups_of(alphas: dict[str, torch.Tensor], scope: str) -> Iterator[list[tuple[str, tuple[int, int]]]]:
-    """The places (name, (row, column)) that compete with each other."""
-    places = [(n, (r, c)) for n, a in alphas.items() for r in range(a.shape[0]) for c in range(a.shape[1])]
-    key = {"row": lambda p: (p[0], p[1][0]), "matrix": lambda p: p[0], "global": lambda p: 0}[scope]
-    for group in dict.fromkeys(map(key, places)):
-        yield [p for p in places if key(p) == group]
-
-
-def test_quotas_are_rounded_up() -> None:
-    assert [quota(0.001, n) for n in (1, 320, 1000, 1001, 5120)] == [1, 1, 1, 2, 6]
-    assert [quota(r, 100) for r in (0, 1e-12, 0.07, 0.29, 1)] == [0, 1, 7, 29, 100]
-
-
-@pytest.mark.parametrize("scope", SCOPES)
-def test_every_ratio_comes_from_the_ranks(scope: str) -> None:
-    model, weights = exact("sd1"), find_weights(exact("sd1"), EVERY)
-    generator = torch.Generator().manual_seed(1)
-    alphas = {w.name: torch.randn(w.tensor.shape, generator=generator) for w in weights}
-    kept = ranks(alphas, scope)
-    assert kept.values.dtype == np.uint8 and kept.values.shape[0] == sum(len(w.tensor) for w in weights)
-    recipe = Recipe("attribute", "m", {"concept": "x", "base": "y"}, {"scope": scope, "objective": "erase"})
-    stored = SimpleNamespace(
-        recipe=recipe, result=SimpleNamespace(arrays={"weight_rank": kept}, values={"matrices": list(alphas)})
-    )
-    for ratio in (1e-5, 0.001, 0.0123, 0.3, 1.0):
-        want = mask_edit(model, alphas, nearest_ratio(ratio), scope, "erase", concept="x", base="y")
-        got = ranked_edit(model, stored, ratio)
-        assert got.deltas.keys() == want.deltas.keys() and len(got.deltas) > 0
-        assert all(np.array_equal(d, want.deltas[n]) for n, d in got.deltas.items())
-        assert (got.method, got.concepts, got.replacements) == ("cad", ("x",), ("y",))
-        assert nearest_ratio(ratio) <= ratio * (1 + 1e-9) and nearest_ratio(ratio) > 0.95 * max(ratio, 8.3e-6)
-    for ratio in (0.0, -1.0, 2.0, float("nan")):
-        with pytest.raises(RequestError, match="The ratio must be above 0"):
-            ranked_edit(model, stored, ratio)
-    stored.result.arrays.clear()
-    with pytest.raises(RequestError, match="kept no ranks"):
-        ranked_edit(model, stored, 0.1)
-
-
-@pytest.mark.parametrize("objective", ["erase", "amplify"])
-def test_the_edit_zeroes_what_the_mask_says(objective: str) -> None:
-    model = layouts.model("sd1")
-    fast = attributed(model, objective=objective)
-    alphas = fast.alphas()
-    edit = mask_edit(model, alphas, 0.01, "matrix", objective, concept=CONCEPT, base="a star")
-    bits = masks(alphas, 0.01, "matrix")
-    weights = {w.name: w.tensor for w in fast.weights}
-    before = {n: w.clone() for n, w in weights.items()}
-    with overlay(model, [edit]):
-        for name, w in weights.items():
-            mask = torch.from_numpy(unpack(bits[name], tuple(w.shape)))
-            assert not w[mask].any() and torch.equal(w[~mask], before[name][~mask])
-    assert all(torch.equal(w, before[n]) for n, w in weights.items())
-    assert edit.replacements == ("a star" if objective == "erase" else CONCEPT,)
-    assert edit.params == {"ratio": 0.01, "scope": "matrix", "objective": objective}
 
 
 # ---- whole runs -------------------------------------------------------------------------------------------
@@ -462,7 +360,7 @@ def test_what_was_found_before_a_stop_is_kept(session: Any, atlas: Any) -> None:
 
 @pytest.mark.parametrize("given", [{"objective": "amplify"}, {"components": ["to_k", "to_v"]}])
 def test_other_objectives_and_components_run(session: Any, given: dict[str, Any]) -> None:
-    found = run(session, str(layouts.saved("sdxl")) and (0,), str(layouts.saved("sdxl")), check=2, **given)
+    found = run(session, (0,), str(layouts.saved("sdxl")), check=2, **given)
     assert np.isfinite(found.result.arrays["attribution"].values).all()
     assert ("actual_base_too" in found.result.arrays) == (given.get("objective") != "amplify")
     assert found.result.values["decrease"]["predicted"] > 0
