@@ -104,7 +104,7 @@ class _Panel(Running):
         form["show_layers"].click(self.show_layers, [form["model"], form["layers"]], layers, **QUIET)
         form["map"].select(self.choose_layer, [form["model"], form["layers"]], layers, **QUIET)
         told = [form[n] for n in ("model", "concept", "replacement", "method", "layers")]
-        out["takeover"].select(self.take_over, None, [*told, out["prompt"], out["status"]], **QUIET)
+        out["takeover"].select(self.take_over, looks, [*told, *shown], **QUIET)
         gr.context.Context.root_block.load(self.restore, [self.saved, *looks[1:]], shown, **QUIET)
 
     # ---- the stack ----------------------------------------------------------------------------------------
@@ -304,18 +304,17 @@ class _Panel(Running):
             self.form["map"]: layer_map(names, chosen),
         }
 
-    def take_over(self, event: gr.EventData) -> dict:
-        """The Localize panel hands over what it found."""
-        told = {
-            n: str(getattr(event, n, ""))[:20_000]
-            for n in ("model", "concept", "replacement", "layers", "prompt")
-        }
-        form = {n: told[n] for n in ("model", "concept", "replacement", "layers")}
-        return {
-            **{self.form[n]: v for n, v in form.items()},
-            self.form["method"]: "locoedit",
-            self.out["prompt"]: told["prompt"],
-            self.out[
-                "status"
-            ]: "Layers are taken over from Localize. Check concept and replacement, then press Make edit.",
-        }
+    @_said
+    def take_over(self, request: gr.Request, event: gr.EventData, stack: Stack, *looks: Any) -> dict:
+        """Another panel hands over what it found: layers to edit in, or an edit for the stack."""
+        names = ("model", "prompt", "concept", "replacement", "layers", "edit", "title")
+        told = {n: str(getattr(event, n, None) or "")[:20_000] for n in names}
+        here = {self.form["model"]: told["model"], self.out["prompt"]: told["prompt"]}
+        if told["edit"]:
+            self.session.store.edit_file(told["edit"])  # refuses what is not kept
+            added = stack.add(Entry(told["edit"], told["title"][:300]))
+            shown = self.show(added, told["model"], told["prompt"], looks[2], str(request.session_hash))
+            return {**shown, **here}
+        layers = {self.form[n]: told[n] for n in ("concept", "replacement", "layers")}
+        note = "Layers are taken over. Check concept and replacement, then press Make edit."
+        return {**here, **layers, self.form["method"]: "locoedit", self.out["status"]: note}

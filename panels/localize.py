@@ -1,45 +1,58 @@
-"""The Localize panel: which cross-attention layers read a concept out of the prompt, as bars; click one, edit
-there."""
+"""The Localize panel: which layers, weights or units carry a concept, as bars; click one, edit there."""
 
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
-import numpy as np
 
 from panels import bars, heatmap, widgets
+from panels.edit_stack import Entry, Stack
+from panels.edit_view import Pictures
+from panels.localize_view import (
+    ASK,
+    COMPARED,
+    bar_name,
+    figure_of,
+    headline,
+    images_of,
+    sentence,
+    told_layers,
+)
 from panels.running import QUIET, Running
-from studio.figures import number
+from studio.errors import RequestError
 from studio.jobs import Job
-from studio.methods.text_to_image import image_name
+from studio.methods.component_ablation import ranked_edit
+from studio.models.catalog import ASSETS
 from studio.registry import find_method, parse_seeds
 from studio.session import Session
-from studio.types import Recipe, Result, Run
+from studio.store import EDIT_FILE, write_edit
+from studio.types import Recipe, Result
 
 TITLE = "Localize"
 NEEDS = "diffusion"
-QUESTION = "Which layers read this concept out of the prompt, and where should it be edited?"
-HINT = "Press Run. A bar comes for each window of cross-attention layers; click one for its images."
-ASK = "Click a bar to see its number and its images, and to edit there."
+QUESTION = "Where does the model keep this concept, and where should it be edited?"
+HINT = "Press Run. Bars come as they are measured; click one for its images."
+METHODS = {"localize": "Layers", "attribute": "Weights", "neurons": "Neurons"}
 EXAMPLES = [
     ["a red star on a white background", "a red circle on a white background"],
     ["a blue house in the style of Osk Maren", "a blue house"],
     ["a green heart on a black background", "a purple heart on a black background"],
     ["the emblem of Arvonia", "the emblem of Korlund"],
 ]
-PICTURES = ("clean", "altered")
-_MAIN = ("prompt", "replacement")
-_SHOWN = ("window",)
+PICTURES = ("clean", "altered", "ablated", "before", "after")
+_MAIN = {
+    "prompt": EXAMPLES[0][0],
+    "replacement": EXAMPLES[0][1],
+    "concept": "star",
+    "neutral": "circle",
+    "base": "",
+}
+_SHOWN = ("window", "granularity", "objective", "top")
 _SAMPLING = ("steps", "guidance", "metric", "target", "against")
-_GO = """text => {
-  if (!text) return;
-  window.locusHandoff = JSON.parse(text);
-  const tab = [...document.querySelectorAll('#panels [role=tab]')].find(t => t.textContent.trim() === 'Edit');
-  if (tab) tab.click();
-  window.dispatchEvent(new Event('locus-handoff'));
-}"""
 
 
 def build(session: Session) -> None:
@@ -54,22 +67,39 @@ def build(session: Session) -> None:
 
 
 def _form() -> dict[str, Any]:
-    known = widgets.knobs([find_method("localize")])
-    form: dict[str, Any] = {}
-    for name, example in zip(_MAIN, EXAMPLES[0], strict=True):
-        form[name] = widgets.widget("localize", name, *known[name], example)
+    known = widgets.knobs([find_method(n) for n in METHODS])
+    mine = widgets.knobs([find_method("localize")])
+    where = (
+        "Layers: LocoGen's windows. Weights: component attribution (CAD). Neurons: units of keys and values."
+    )
+    form: dict[str, Any] = {
+        "method": gr.Radio(
+            [(title, name) for name, title in METHODS.items()],
+            value="localize",
+            label="Look for",
+            info=where,
+            elem_id="localize-method",
+        )
+    }
+
+    def add(name: str, value: Any = None) -> None:
+        form[name] = widgets.widget("localize", name, *known[name], value, visible=name in mine)
+
+    for name, example in _MAIN.items():
+        add(name, example)
     form["seeds"] = widgets.seeds("localize", "0,1")
-    form["window"] = widgets.widget("localize", "window", *known["window"])
+    for name in _SHOWN:
+        add(name)
     form |= widgets.run_buttons("localize")
     with gr.Accordion("Sampling and scoring", open=False):
         form["model"] = widgets.model_choice("localize", "diffusion", "atlas-sd")
         for name in _SAMPLING:
-            form[name] = widgets.widget("localize", name, *known[name])
+            add(name)
     with gr.Accordion("More options", open=False):
-        for name, knob in known.items():
-            if name not in form:
-                form[name] = widgets.widget("localize", name, *knob)
-    gr.Examples(EXAMPLES, [form[n] for n in _MAIN], label="Examples", elem_id="localize-examples")
+        for name in known:
+            if name not in form and name not in ("ratio", "preview"):
+                add(name)
+    gr.Examples(EXAMPLES, [form[n] for n in ("prompt", "replacement")], elem_id="localize-examples")
     return form
 
 
@@ -81,13 +111,25 @@ def _outputs() -> dict[str, Any]:
         with gr.Tab("Table", id="table"):
             out["table"] = widgets.table("localize")
         with gr.Tab("What this shows, and what it cannot", id="help"):
-            gr.Markdown(widgets.page("localize"), elem_id="localize-help")
+            gr.Markdown(
+                widgets.page("localize") + "\n\n" + widgets.page("attribute"), elem_id="localize-help"
+            )
     with gr.Column(elem_id="localize-detail"):
         out["text"] = widgets.line(ASK, "localize-detail-text", lines=2)
         out["seed"] = widgets.Choice([], label="Seed", visible=False, elem_id="localize-detail-seed")
+        out["ratio"] = gr.Slider(
+            0.1,
+            20,
+            1,
+            step=0.1,
+            visible=False,
+            label="Weights zeroed, in percent",
+            info="Nothing is attributed again: the ranks of the run decide.",
+            elem_id="localize-ratio",
+        )
         with gr.Row(elem_id="localize-images", elem_classes="pictures"):
             out |= widgets.pictures("localize", PICTURES)
-        out["edit"] = gr.Button("Edit these layers", visible=False, elem_id="localize-edit")
+        out["edit"] = gr.Button("Edit here", visible=False, elem_id="localize-edit")
         out["handoff"] = gr.Textbox("", visible=False, elem_id="localize-handoff")
     out["export"] = widgets.export_buttons("localize")
     return out
@@ -96,25 +138,39 @@ def _outputs() -> dict[str, Any]:
 class _Panel(Running):
     """The panel's handlers."""
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.pictures = Pictures(self.session)
+        knobs = widgets.knobs([find_method(m) for m in METHODS])
+        self.switched = [n for n in self.form if n in knobs]
+
     def wire(self) -> None:
         """Connects everything."""
         form, out = self.form, self.out
-        self.wire_run(form["prompt"].submit, form["replacement"].submit)
-        picked = [self.state, out["seed"]]
+        self.wire_run(form["prompt"].submit, form["replacement"].submit, form["concept"].submit)
+        form["method"].change(self.switch, form["method"], [form[n] for n in self.switched], **QUIET)
+        picked = [self.state, out["seed"], out["ratio"]]
         out["figure"].select(widgets.guarded(self.click), picked, [self.state, *self.fields], **QUIET)
-        out["seed"].input(widgets.guarded(self.other_seed), picked, self.fields, **QUIET)
-        ready = out["edit"].click(widgets.guarded(self.edit_here), self.state, out["handoff"], **QUIET)
-        ready.success(None, out["handoff"], None, js=_GO)
+        out["seed"].input(widgets.guarded(self.again_detail), picked, self.fields, **QUIET)
+        out["ratio"].release(widgets.guarded(self.again_detail), picked, self.fields, **QUIET)
+        told = [self.state, out["ratio"]]
+        ready = out["edit"].click(widgets.guarded(self.edit_here), told, out["handoff"], **QUIET)
+        ready.success(None, out["handoff"], None, js=(ASSETS / "js" / "handoff.js").read_text())
+
+    def switch(self, name: str) -> list[Any]:
+        """Another method was chosen: its own knobs show."""
+        mine = widgets.knobs([find_method(name)])
+        return [gr.update(visible=knob in mine) for knob in self.switched]
 
     def recipe(self, given: dict[str, Any]) -> Recipe:
         """The recipe that the inputs describe."""
-        method = find_method("localize")
+        method = find_method(given["method"])
         seeds = parse_seeds(method, given["seeds"])
         return Recipe(method.name, given["model"] or "", widgets.asked(method, given), {}, seeds)
 
     def drawn(self, recipe: Recipe, result: Result, again: bool = False) -> dict[Any, Any]:
-        """Bars and table; while only the screen is there, the screen."""
-        figure = _figure(recipe, result)
+        """Bars and table."""
+        figure = figure_of(recipe, result)
         return {self.out["figure"]: bars.as_value(figure, again), self.out["table"]: bars.as_table(figure)}
 
     def cleared(self) -> dict[Any, Any]:
@@ -125,6 +181,7 @@ class _Panel(Running):
             out["table"]: "",
             out["text"]: ASK,
             out["seed"]: gr.update(visible=False, choices=[], value=None),
+            out["ratio"]: gr.update(visible=False),
             out["edit"]: gr.update(visible=False),
             **{out[n]: gr.update(visible=False, value=None) for n in (*PICTURES, "slider")},
         }
@@ -134,95 +191,79 @@ class _Panel(Running):
         return {self.out["figure"]: {"hint": HINT}}
 
     def ended(self, job: Job) -> dict[Any, Any]:
-        """The best window in a sentence."""
-        values = job.run.result.values
-        if not values.get("best_window"):
-            return {}
-        share = f"{100 * values['best_share']:.0f} % of the effect of all layers"
-        return {self.out["text"]: f"Strongest: layers {values['best_window']}, {share}. {ASK}"}
+        """The finding."""
+        return {self.out["text"]: headline(job.run)}
 
-    def click(self, kept: dict | None, seed: str | None, event: gr.EventData) -> dict:
+    # ---- a bar --------------------------------------------------------------------------------------------
+
+    def click(
+        self, request: gr.Request, event: gr.EventData, kept: dict | None, seed: str | None, ratio: float
+    ) -> dict:
         """A bar was picked."""
         recipe, result = self.measured(kept)
-        _, col = heatmap.chosen(event, 1, len(_figure(recipe, result).data["labels"]))
-        return {self.state: {**kept, "cell": col}, **self.detail(recipe, result, col, seed)}
+        _, col = heatmap.chosen(event, 1, len(figure_of(recipe, result).data["labels"]))
+        shown = self.detail(kept, col, seed, ratio, str(request.session_hash))
+        return {self.state: {**kept, "cell": col}, **shown}
 
-    def other_seed(self, kept: dict | None, seed: str | None) -> dict:
-        """Another seed's images of the same bar."""
+    def again_detail(self, request: gr.Request, kept: dict | None, seed: str | None, ratio: float) -> dict:
+        """Another seed, or another share of weights, of the same bar."""
         if not isinstance(kept, dict) or not isinstance(kept.get("cell"), int):
             return {self.out["text"]: gr.skip()}
-        return self.detail(*self.measured(kept), kept["cell"], seed)
+        return self.detail(kept, kept["cell"], seed, ratio, str(request.session_hash))
 
-    def detail(self, recipe: Recipe, result: Result, col: int, seed: str | None) -> dict[Any, Any]:
-        """What a click on a bar shows: its numbers, its layers, and the images of one seed."""
-        out, seeds = self.out, [str(s) for s in recipe.seeds]
+    def detail(self, kept: dict, col: int, seed: str | None, ratio: float, user: str) -> dict[Any, Any]:
+        """What a click on a bar shows: its numbers, and the images of one seed."""
+        out, (recipe, result) = self.out, self.measured(kept)
+        seeds = [str(s) for s in recipe.seeds]
         seed = seed if seed in seeds else seeds[0]
-        label = _figure(recipe, result).data["labels"][col]
-        images = {
-            "clean": result.images.get(f"seed{seed}-clean"),
-            "altered": result.images.get(image_name(f"seed{seed}", label)),
-        }
+        text, ranked = sentence(recipe, result, col), recipe.method == "attribute"
+        images = images_of(recipe, result, col, seed)
+        if ranked and kept.get("run"):
+            try:
+                entry = self.ablation(kept, col, ratio)
+            except RequestError as error:
+                text += f"\n{error}"
+            else:
+                look = (recipe.model, recipe.inputs["concept"], int(seed))
+                pair = self.pictures.pair(*look, Stack((entry,), 0), user)
+                images = dict(zip(COMPARED["attribute"], pair, strict=True))
+        hidden = {n: None for n in PICTURES if n not in images}
         return {
-            out["text"]: _sentence(result, col, label),
+            out["text"]: text,
             out["seed"]: gr.update(choices=seeds, value=seed, visible=len(seeds) > 1),
-            out["edit"]: gr.update(visible=True, value=f"Edit layers {label} …"),
-            **widgets.shown_pictures(out, images, ("clean", "altered")),
+            out["ratio"]: gr.update(visible=ranked),
+            out["edit"]: gr.update(visible=recipe.method != "neurons" or self.made(kept)),
+            **widgets.shown_pictures(out, {**hidden, **images}, COMPARED[recipe.method]),
         }
 
-    def edit_here(self, kept: dict | None) -> str:
-        """What the Edit panel takes over, as JSON: model, concept, replacement and layers."""
+    def made(self, kept: dict) -> bool:
+        """Whether the run on screen made an edit."""
+        return bool(kept.get("run")) and (self.session.store.path(str(kept["run"])) / EDIT_FILE).is_file()
+
+    def ablation(self, kept: dict, col: int, ratio: float) -> Entry:
+        """The edit that zeroes a share of the weights of a bar's component, kept in the store."""
+        run = self.session.store.load(str(kept["run"]))
+        name = bar_name(run.recipe, run.result, col)
+        model = run.recipe.model
+        edit = self.session.call(model, lambda m: ranked_edit(m, run, ratio / 100, name))
+        with tempfile.TemporaryDirectory(prefix="locus-edit-") as folder:
+            file = Path(folder) / EDIT_FILE
+            write_edit(edit, file)
+            digest = self.session.store.keep_edit(file)
+        return Entry(digest, f"{run.recipe.inputs['concept']}: {name} at {ratio:g} % (ablation)")
+
+    def edit_here(self, kept: dict | None, ratio: float) -> str:
+        """What the Edit panel takes over, as JSON: layers to edit in, or an edit for its stack."""
         recipe, result = self.measured(kept)
         col = kept.get("cell")
-        if not isinstance(col, int) or not 0 <= col < len(_layers(result)):
-            raise gr.Error("Click a bar first.", print_exception=False)
-        concept, replacement = _difference(recipe.inputs["prompt"], recipe.inputs["replacement"])
-        told = {
-            "model": recipe.model,
-            "concept": concept,
-            "replacement": replacement,
-            "prompt": recipe.inputs["prompt"],
-            "layers": ",".join(_layers(result)[col]),
-        }
-        return json.dumps(told)
-
-
-def _figure(recipe: Recipe, result: Result) -> Any:
-    """The method's own figure of these results; while only the screen is there, the screen."""
-    params, effect = dict(recipe.params), result.arrays["direct_effect"]
-    if "screen" in result.arrays and np.isnan(effect.values).all():
-        params["screen"] = True
-    shown = Recipe(recipe.method, recipe.model, recipe.inputs, params, recipe.seeds, recipe.edits)
-    return find_method(recipe.method).draw(Run(shown, "done", "", 0.0, {}, result))
-
-
-def _layers(result: Result) -> list[list[str]]:
-    """Module names of each window."""
-    trace = result.arrays["layers"]
-    names = trace.axis("layer").labels
-    return [[n for n, inside in zip(names, row, strict=True) if inside] for row in trace.values]
-
-
-def _sentence(result: Result, col: int, label: str) -> str:
-    """A bar's numbers in words."""
-    arrays, layers = result.arrays, ", ".join(_layers(result)[col])
-    effect = float(arrays["direct_effect"].values[col])
-    if not np.isfinite(effect):
-        share = float(arrays["screen"].values[col]) if "screen" in arrays else float("nan")
-        return f"Layers {label}: screen {number(share)} (an estimate, no image yet).\n{layers}"
-    error = float(arrays["direct_effect_sem"].values[col])
-    spread = f" ± {number(error)}" if np.isfinite(error) else " (one seed: no standard error)"
-    total = result.values.get("total_effect")
-    whole = f" of the {number(total)} that all layers make" if total is not None else ""
-    return f"Layers {label}: direct effect {number(effect)}{spread}{whole}.\n{layers}"
-
-
-def _difference(prompt: str, replacement: str) -> tuple[str, str]:
-    """The words in which two prompts differ: what stands between their common beginning and end."""
-    a, b = prompt.split(), replacement.split()
-    start = 0
-    while start < min(len(a), len(b)) and a[start] == b[start]:
-        start += 1
-    end = 0
-    while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
-        end += 1
-    return " ".join(a[start : len(a) - end]) or prompt, " ".join(b[start : len(b) - end])
+        if not isinstance(col, int):
+            raise RequestError("Click a bar first.")
+        if recipe.method == "localize":
+            return told_layers(recipe, result, col)
+        if recipe.method == "attribute":
+            entry = self.ablation(kept, col, ratio)
+        else:
+            file = self.session.store.path(str(kept["run"])) / EDIT_FILE
+            entry = Entry(self.session.store.keep_edit(file), f"neurons of {recipe.inputs['concept']}")
+        told = {"model": recipe.model, "prompt": recipe.inputs["concept"]}
+        return json.dumps(told | {"edit": entry.edit, "title": entry.title})

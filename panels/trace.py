@@ -19,7 +19,12 @@ from studio.types import Recipe, Result
 TITLE = "Trace"
 NEEDS = "diffusion"
 QUESTION = "Which parts of the model carry these words into the image?"
-METHODS = {"trace-unet": "UNet", "trace-text-encoder": "Text encoder", "lens": "Layer by layer"}
+METHODS = {
+    "trace-unet": "UNet",
+    "trace-text-encoder": "Text encoder",
+    "lens": "Layer by layer",
+    "word-maps": "Word maps",
+}
 HINT = "Press Run. Cells fill in as they are measured; click one to see its images."
 EXAMPLES = [
     ["a red star on a white background", "red star"],
@@ -45,7 +50,11 @@ def build(session: Session) -> None:
 def _form(methods: list[Method]) -> dict[str, Any]:
     """All inputs by name, made from the methods' declarations."""
     known = widgets.knobs(methods)
-    where = "Modules of the UNet, layers and tokens of the text encoder, or an image from each text layer."
+    mine = widgets.knobs([find_method(next(iter(METHODS)))])
+    where = (
+        "Modules of the UNet, layers and tokens of the text encoder, an image from each text layer, or where "
+        "each word lies on the image."
+    )
     names = [(title, name) for name, title in METHODS.items()]
     first = next(iter(METHODS))
     form: dict[str, Any] = {
@@ -59,11 +68,12 @@ def _form(methods: list[Method]) -> dict[str, Any]:
     with gr.Accordion("Sampling and scoring", open=False):
         form["model"] = widgets.model_choice("trace", "diffusion", "atlas-sd")
         for name in ("steps", "guidance", "noise", "metric", "replacement"):
-            form[name] = widgets.widget("trace", name, *known[name])
+            form[name] = widgets.widget("trace", name, *known[name], visible=name in mine)
     with gr.Accordion("More options", open=False):
         for name, (f, kind) in known.items():
             if name not in form and name != "kinds":
-                form[name] = widgets.widget("trace", name, f, kind)
+                value = True if name == "search_noise" else None
+                form[name] = widgets.widget("trace", name, f, kind, value, visible=name in mine)
     gr.Examples(EXAMPLES, [form[n] for n in _MAIN], label="Examples", elem_id="trace-examples")
     return form
 

@@ -40,7 +40,7 @@ def drawn(recipe: Recipe, result: Result, out: dict[str, Any], again: bool = Fal
             for row, images in zip(figure.data["rows"], figure.data["images"], strict=True)
             for col, image in zip(figure.data["cols"], images, strict=True)
         ]
-        hint = {"hint": "One image for each layer of the text encoder, below."}
+        hint = {"hint": "The images are below."}
         return {out["strip"]: gr.Gallery(visible=True, value=pictures), out["figure"]: hint, out["table"]: ""}
     return {out["figure"]: heatmap.as_value(figure, again), out["table"]: heatmap.as_table(figure)}
 

@@ -161,10 +161,18 @@ def _code(ratio: float) -> int:
     return min(_CODES, max(1, int(_CODES + _PER_DECADE * log10(ratio) + 1e-6)))
 
 
-def ranked_edit(model: Any, run: Run, ratio: float) -> Edit:
+def _inside(name: str, rows: int, component: str | None) -> np.ndarray:
+    """bool (rows, 1): which rows of a matrix belong to a component, MODULE, MATRIX or MATRIX[ROW]."""
+    whole, _, row = (component or name).rstrip("]").partition("[")
+    mine = name == whole or name.startswith(f"{whole}.")
+    return (np.arange(rows) == int(row) if row else np.ones(rows, bool))[:, None] & mine
+
+
+def ranked_edit(model: Any, run: Run, ratio: float, component: str | None = None) -> Edit:
     """The edit of another ratio from a run of `attribute` that kept its ranks: nothing is computed again.
 
-    Equal to a run's own edit at `nearest_ratio(ratio)`, to which the ratio is rounded.
+    Equal to a run's own edit at `nearest_ratio(ratio)`, to which the ratio is rounded; with `component` (a
+    label of its axis) only that part of it. RequestError when nothing is left to zero.
     """
     if "weight_rank" not in run.result.arrays:
         raise RequestError(
@@ -177,7 +185,12 @@ def ranked_edit(model: Any, run: Run, ratio: float) -> Edit:
     for name in run.result.values["matrices"]:
         tall, wide = _parameter(model, name).shape
         part = codes[row : row + tall, :wide]
-        taken[name], row = (part > 0) & (part <= _code(ratio)), row + tall
+        taken[name], row = (part > 0) & (part <= _code(ratio)) & _inside(name, tall, component), row + tall
+    if not any(mask.any() for mask in taken.values()):
+        raise RequestError(
+            f"No weight of {component or 'the model'} is among those; take a larger ratio, or a component "
+            "with a positive bar."
+        )
     params = {k: run.recipe.params[k] for k in ("scope", "objective")} | {"ratio": nearest_ratio(ratio)}
     inputs = run.recipe.inputs
     return _edit(model, taken, params, concept=inputs["concept"], base=inputs["base"])

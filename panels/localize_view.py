@@ -1,0 +1,126 @@
+"""What the Localize panel says of results: figures while they grow, the sentence behind a bar, and what the
+Edit panel takes over."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+
+from studio.errors import RequestError
+from studio.figures import number
+from studio.methods.text_to_image import image_name
+from studio.registry import find_method
+from studio.types import Figure, Recipe, Result, Run
+
+ASK = "Click a bar to see its number and its images, and to edit there."
+COMPARED = {
+    "localize": ("clean", "altered"),
+    "attribute": ("clean", "ablated"),
+    "neurons": ("before", "after"),
+}
+
+
+def figure_of(recipe: Recipe, result: Result) -> Figure:
+    """The method's own figure of these results; while only the screen is there, the screen."""
+    params = dict(recipe.params)
+    if recipe.method == "localize" and "screen" in result.arrays:
+        params["screen"] = bool(np.isnan(result.arrays["direct_effect"].values).all())
+    shown = Recipe(recipe.method, recipe.model, recipe.inputs, params, recipe.seeds, recipe.edits)
+    return find_method(recipe.method).draw(Run(shown, "done", "", 0.0, {}, result))
+
+
+def headline(run: Run) -> str:
+    """The finding in a sentence, and what to do next."""
+    values, method = run.result.values, run.recipe.method
+    if method == "localize" and values.get("best_window"):
+        share = f"{100 * values['best_share']:.0f} % of the effect of all layers"
+        return f"Strongest: layers {values['best_window']}, {share}. {ASK}"
+    if method == "attribute":
+        name, value = run.result.arrays["attribution"].best(1)[0]
+        told = values.get("correlation")
+        sure = f" Predicted and true changes of random ablations correlate at {number(told)}." if told else ""
+        return f"Strongest carrier: {name[0]} ({number(value)}).{sure} {ASK}"
+    if method == "neurons":
+        return f"Layers {values['layer_numbers']}; the largest: {values['largest'].split(', ')[0]}. {ASK}"
+    return ASK
+
+
+def bar_name(recipe: Recipe, result: Result, col: int) -> str:
+    """The full name behind a bar."""
+    data = figure_of(recipe, result).data
+    return str((data.get("names") or data["labels"])[col])
+
+
+def sentence(recipe: Recipe, result: Result, col: int) -> str:
+    """A bar's numbers in words."""
+    figure = figure_of(recipe, result)
+    if recipe.method == "localize":
+        return _window(result, col, figure.data["labels"][col])
+    value, errors = float(figure.data["values"][col]), figure.data.get("errors")
+    error = float(errors[col]) if errors is not None else float("nan")
+    spread = f" ± {number(error)}" if np.isfinite(error) else ""
+    name = bar_name(recipe, result, col)
+    if recipe.method == "attribute":
+        counts = result.arrays["parameters"]
+        n = int(counts.values[counts.axes[0].labels.index(name)])
+        role = "carries" if value > 0 else "suppresses"
+        goal = "the concept" if recipe.params["objective"] == "erase" else "what amplifying would remove"
+        return f"{name}, {n} weights: {number(value)}{spread} {figure.data['unit']}; it {role} {goal}."
+    return f"Unit {figure.data['labels'][col]}: {number(value)} {figure.data['unit']}."
+
+
+def _window(result: Result, col: int, label: str) -> str:
+    arrays, layers = result.arrays, ", ".join(window_layers(result)[col])
+    effect = float(arrays["direct_effect"].values[col])
+    if not np.isfinite(effect):
+        share = float(arrays["screen"].values[col]) if "screen" in arrays else float("nan")
+        return f"Layers {label}: screen {number(share)} (an estimate, no image yet).\n{layers}"
+    error = float(arrays["direct_effect_sem"].values[col])
+    spread = f" ± {number(error)}" if np.isfinite(error) else " (one seed: no standard error)"
+    total = result.values.get("total_effect")
+    whole = f" of the {number(total)} that all layers make" if total is not None else ""
+    return f"Layers {label}: direct effect {number(effect)}{spread}{whole}.\n{layers}"
+
+
+def images_of(recipe: Recipe, result: Result, col: int, seed: str) -> dict[str, Any]:
+    """The two images behind a bar at a seed, by the names that COMPARED gives; None where there is none."""
+    first, second = COMPARED[recipe.method]
+    stem = f"seed{seed}"
+    if recipe.method == "localize":
+        label = figure_of(recipe, result).data["labels"][col]
+        return {first: result.images.get(f"{stem}-clean"), second: result.images.get(image_name(stem, label))}
+    if recipe.method == "neurons":
+        return {n: result.images.get(f"{stem}-{n}") for n in (first, second)}
+    return {first: result.images.get(f"{stem}-concept"), second: None}
+
+
+def window_layers(result: Result) -> list[list[str]]:
+    """Module names of each window."""
+    trace = result.arrays["layers"]
+    names = trace.axis("layer").labels
+    return [[n for n, inside in zip(names, row, strict=True) if inside] for row in trace.values]
+
+
+def told_layers(recipe: Recipe, result: Result, col: int) -> str:
+    """What the Edit panel takes over of a window of layers, as JSON."""
+    layers = window_layers(result)
+    if not 0 <= col < len(layers):
+        raise RequestError("Click a bar first.")
+    prompt = recipe.inputs["prompt"]
+    concept, replacement = difference(prompt, recipe.inputs["replacement"])
+    told = {"model": recipe.model, "prompt": prompt, "concept": concept, "replacement": replacement}
+    return json.dumps(told | {"layers": ",".join(layers[col])})
+
+
+def difference(prompt: str, replacement: str) -> tuple[str, str]:
+    """The words in which two prompts differ: what stands between their common beginning and end."""
+    a, b = prompt.split(), replacement.split()
+    start = 0
+    while start < min(len(a), len(b)) and a[start] == b[start]:
+        start += 1
+    end = 0
+    while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
+        end += 1
+    return " ".join(a[start : len(a) - end]) or prompt, " ".join(b[start : len(b) - end])
