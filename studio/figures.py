@@ -64,6 +64,9 @@ def _canvas(width: float, height: float, figure: Figure) -> Any:
         # our own line breaks: matplotlib's wrap=True reads dollar signs as mathematics in spite of the style
         title = textwrap.fill(_short(figure.title, 160), max(24, int(min(width, 40) * 12)))
         canvas.suptitle(title, fontsize=10)
+    if figure.caption:
+        said = textwrap.fill(_short(figure.caption, 300), max(36, int(min(width, 40) * 15)))
+        canvas.supxlabel(said, fontsize=7, x=0.01, ha="left")
     return canvas
 
 

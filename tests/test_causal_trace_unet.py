@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -247,8 +248,11 @@ def test_three_seeds_have_intervals_and_a_line_of_chance(session: Any) -> None:
     assert values["chance_line"] == pytest.approx(
         (signs @ each / 3).max(), rel=1e-4
     )  # 95 % of 8: the largest
-    caption = find_method("trace-unet").draw(run).caption
+    figure = find_method("trace-unet").draw(run)
+    caption = figure.caption
     assert caption.startswith("Over all cells chance reaches") and "fewer than 5 seeds" in caption
+    drawn = [len(to_bytes(replace(figure, caption=c), "png")) for c in ("", caption)]
+    assert drawn[1] > drawn[0] + 1000
 
 
 # ---- the noise and the subject removed -------------------------------------------------------------------
@@ -392,6 +396,33 @@ def test_an_unguided_screen_is_the_exact_trace_of_few_steps(
         quick, slow = (r.images[f"seed0-{p}{name}"] for r, p in ((screen, "screen-"), (exact, "")))
         assert np.abs(quick.astype(int) - slow).max() <= 2
     assert screen.values["screen_total_effect"] == pytest.approx(exact.values["total_effect"], abs=1e-4)
+
+
+def test_the_screen_equals_the_naive_reference(session: Any, atlas: Any) -> None:
+    run = trace(session, (5,), screen=True, guidance=3.0)
+    torch.set_num_threads(session.threads)
+    with torch.no_grad():
+        clean, _ = atlas.encode([PROMPT])
+        places = list(atlas.subject_positions(PROMPT, SUBJECT, None))
+        corrupted = naive_trace.subject_states(atlas.pipe, PROMPT, places, 3.0, 5)
+    for name in run.result.arrays["screen"].axis("layer").labels[::4]:
+        want = naive_trace.screened_image(atlas.pipe, name, clean.states, corrupted, 5, 3, 3.0)
+        got = run.result.images[f"seed5-screen-{name}"]
+        assert np.abs(got.astype(int) - want).max() <= 2 and (got != want).mean() < 0.01
+    shown = run.result.images["seed5-screen-clean"].astype(int) - run.result.images["seed5-screen-corrupted"]
+    assert np.abs(shown).max() > 20
+
+
+def test_the_screen_is_the_mean_of_two_estimates(session: Any, tiny: str) -> None:
+    """Of the score and of the share of the way in latents; here images stand for latents, nearly."""
+    run = trace(session, model=tiny, screen=True).result
+    clean, corrupted, *cells = (im.astype(float) / 255 for n, im in run.images.items() if "-screen-" in n)
+    way = clean - corrupted
+    share = np.array([((c - corrupted) * way).sum() / (way**2).sum() for c in cells])
+    score = -np.array([np.sqrt(((c - clean) ** 2).mean()) for c in (corrupted, *cells)])
+    want = ((score[1:] - score[0]) - share * score[0]) / 2
+    got = run.arrays["screen"].values
+    assert np.corrcoef(got, want)[0, 1] > 0.9 and np.abs(got - want).max() < 0.3 * np.abs(want).max()
 
 
 def test_unconditional_predictions_are_continued_where_they_are_linear() -> None:

@@ -89,3 +89,44 @@ def restored_image(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def screened_image(
+    pipe: Any, name: str, clean: torch.Tensor, corrupted: torch.Tensor, seed: int, steps: int, guidance: float
+) -> np.ndarray:
+    """The corrupted image with the conditional output of module `name` taken from the clean run, its
+    unconditional predictions continued from those of the clean and the corrupted run: one row at a time."""
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(steps)
+    negative = pipe.text_encoder(pipe.tokenizer("", padding="max_length", return_tensors="pt").input_ids)[0]
+    module, size = pipe.unet.get_submodule(name), pipe.unet.config.sample_size
+    generator = torch.Generator("cpu").manual_seed(seed)
+    z1 = z0 = z = torch.randn((1, 4, size, size), generator=generator) * scheduler.init_noise_sigma
+
+    def at(latents: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return pipe.unet(latents, t, encoder_hidden_states=text).sample
+
+    for t in scheduler.timesteps:
+        free1, free0 = at(z1, negative), at(z0, negative)
+        kept: list[torch.Tensor] = []
+        handle = module.register_forward_hook(lambda m, a, o, kept=kept: kept.append(o))
+        text1 = at(z1, clean)
+        handle.remove()
+        text0 = at(z0, corrupted)
+        handle = module.register_forward_hook(lambda m, a, o, kept=kept: kept[0])
+        text = at(z, corrupted)
+        handle.remove()
+        line, change, off = (x.flatten() for x in (z1 - z0, free1 - free0, z - z0))
+        free = free0
+        if line.norm() > 0:
+            share, slope = (off @ line) / (line @ line), (change @ line) / (line @ line)
+            free = free0 + (share * change + slope * (off - share * line)).view_as(free0)
+        new = []
+        for latents, a, b in ((z1, free1, text1), (z0, free0, text0), (z, free, text)):
+            new.append(scheduler.step(a + guidance * (b - a), t, latents).prev_sample)
+        z1, z0, z = new
+    pixels = pipe.vae.decode(z / pipe.vae.config.scaling_factor).sample[0] / 2 + 0.5
+    return (pixels.clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
