@@ -284,13 +284,14 @@ class Composer:
 
 
 def compose(model: Any, active: Iterable[Active], *, force: bool = False) -> dict[str, Any]:
-    """The whole delta (float32 tensor) of active edits by parameter name, as `overlay` would add it."""
+    """The whole delta (float32, on the CPU) of active edits by parameter name, as `overlay` would add it."""
     active = list(active)
     check_fit(model, active, force=force)
     out: dict[str, Any] = {}
     for layer in Composer().layers(model, active):
         for name, delta in layer.items():
-            out[name] = out[name] + delta.dense() if name in out else delta.dense()
+            dense = delta.dense().cpu()
+            out[name] = out[name] + dense if name in out else dense
     return out
 
 

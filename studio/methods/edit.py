@@ -183,7 +183,7 @@ def solve_edit(model: Any, asked: Edit) -> tuple[Edit, Result]:
     if still := [n for n, d in deltas.items() if not d.any()]:
         raise StudioError(f"The edit leaves {still[0]} as it is; that is a fault, please report it.")
     weights = parameters_of(model)
-    norms = {n: float(weights[n].detach().double().norm()) for n in deltas}
+    norms = {n: float(weights[n].detach().float().norm()) for n in deltas}
     sizes = np.array([np.linalg.norm(d) / norms[n] for n, d in deltas.items()], np.float32)
     change = sum(float(np.square(d, dtype=np.float64).sum()) for d in deltas.values()) ** 0.5
     missed, drift = reach(weights, pairs, found)
@@ -234,7 +234,7 @@ def output_change(model: Any, made: Edit, prompt: str, plan: Any) -> float:
         import torch
 
         with torch.no_grad():
-            return raw_output(model, x, t, model.encode([prompt])[0], plan).double().cpu()
+            return raw_output(model, x, t, model.encode([prompt])[0], plan).cpu().double()
 
     before = output()
     with overlay(model, [made]):
