@@ -89,10 +89,11 @@ class Visit:
         self.page.wait_for_selector("#trace-run:not([disabled])")
         return self.page
 
-    def status(self, start: str) -> None:
-        """Waits until the status line starts with this text."""
+    def status(self, start: str, panel: str = "trace") -> None:
+        """Waits until the panel's status line starts with this text."""
         self.page.wait_for_function(
-            "t => document.querySelector('#trace-status textarea')?.value.startsWith(t)", arg=start
+            "([p, t]) => document.querySelector(`#${p}-status textarea`)?.value.startsWith(t)",
+            arg=[panel, start],
         )
 
     def cells(self) -> None:
