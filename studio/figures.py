@@ -162,12 +162,47 @@ def _bars(figure: Figure) -> Any:
     return canvas
 
 
+def _curve(figure: Figure) -> Any:
+    """data: series ({name, x, y, labels (one a point; "" for none), line (bool: points are joined)}), lines
+    ((name, y), drawn across), x_title, y_title. Points with a NaN are left out."""
+    data = figure.data
+    canvas = _canvas(5.6, 4.6, figure)
+    axes = canvas.subplots()
+    colours = itertools.cycle((POSITIVE, NEGATIVE, "#3f3f46", "#7c9a3a"))
+    for series, colour in zip(data["series"], colours, strict=False):
+        x, y = np.asarray(series["x"], float), np.asarray(series["y"], float)
+        known = np.isfinite(x) & np.isfinite(y)
+        style = "-" if series["line"] else "none"
+        axes.plot(
+            x[known], y[known], style, marker="o", markersize=4, color=colour, label=_short(series["name"])
+        )
+        for i in np.flatnonzero(known):
+            if series["labels"][i]:
+                at = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7, "color": colour}
+                axes.annotate(_short(series["labels"][i], 24), (x[i], y[i]), **at)
+    for (name, value), style in zip(data.get("lines", ()), itertools.cycle(("--", ":", "-.")), strict=False):
+        if math.isfinite(value):
+            axes.axhline(value, color="#3f3f46", linestyle=style, linewidth=1.1, label=_short(name))
+    axes.axhline(0, color="black", linewidth=0.6)
+    axes.axvline(0, color="black", linewidth=0.6)
+    axes.set_xlabel(_short(data["x_title"], 80))
+    axes.set_ylabel(_short(data["y_title"], 80))
+    if handles := axes.get_legend_handles_labels()[0]:
+        canvas.legend(handles=handles, loc="outside lower right", fontsize=7, ncols=3)
+    return canvas
+
+
 def _short(text: str, most: int = 38) -> str:
     text = "".join(c if c.isprintable() else " " for c in text)  # control signs would break an SVG
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-_DRAWERS: dict[str, Callable[[Figure], Any]] = {"heat": _heat, "strip": _strip, "bars": _bars}
+_DRAWERS: dict[str, Callable[[Figure], Any]] = {
+    "heat": _heat,
+    "strip": _strip,
+    "bars": _bars,
+    "curve": _curve,
+}
 
 
 def to_csv(arrays: Mapping[str, Trace]) -> str:

@@ -80,6 +80,7 @@ class Method:
     seeds: tuple[int, ...]
     check: Callable[..., None] | None
     saves: str = ""
+    lays_edits: bool = False
 
     @property
     def endpoint(self) -> str:
@@ -106,12 +107,15 @@ def method(
     seeds: tuple[int, ...] = (0,),
     check: Callable[..., None] | None = None,
     saves: str = "",
+    lays_edits: bool = False,
 ) -> Callable:
     """Registers the decorated function. `check(inputs, params, seeds)` refuses a request before it is queued;
-    `saves` says what the method makes that its command's --save writes to a file."""
+    `saves` says what the method makes that its command's --save writes to a file. `lays_edits`: the method
+    lays the request's edits over by itself, from the keyword argument `edits` (audit.Stack); it needs some.
+    """
 
     def register(run: Callable[..., Result]) -> Callable[..., Result]:
-        rest = (frozenset(needs), inputs, params, run, draw, seeds, check, saves)
+        rest = (frozenset(needs), inputs, params, run, draw, seeds, check, saves, lays_edits)
         METHODS[name] = Method(name, title, summary, paper, family, *rest)
         return run
 

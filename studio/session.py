@@ -14,10 +14,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from studio.audit import Stack
 from studio.edit_files import Shelf, mark
 from studio.edits import Composer, overlay
 from studio.errors import Cancelled, RequestError, StudioError
@@ -146,6 +148,8 @@ class Session:
                 f"{method.name} starts from the model's own weights, so it takes no --edit; use its file "
                 "together with others afterwards."
             )
+        if method.lays_edits and not recipe.edits:
+            raise RequestError(f"{method.name} needs --edit: the edit file to look at.")
         for entry in recipe.edits:
             self.shelf.open(entry)
         return replace(recipe, inputs=plain(inputs), params=plain(params), seeds=seeds)
@@ -226,6 +230,19 @@ class Session:
             )
         return scorer
 
+    def _with_extras(self, method: Method, model: Any, params: Any, job: Job) -> tuple[Method, str]:
+        """The method with what it declares beside the usual arguments; the second scorer's fingerprint."""
+        from studio.atlas.reading import second_scorer
+
+        extras, second = {}, None
+        if method.lays_edits:
+            active = tuple(self.shelf.open(entry) for entry in job.recipe.edits)
+            extras["edits"] = Stack(active, bool(job.options.get("force")), self._composer)
+        if hasattr(params, "second_scorer"):
+            extras["second_scorer"] = second = second_scorer(params.second_scorer, model, self.model)
+        wired = replace(method, run=partial(method.run, **extras)) if extras else method
+        return wired, second.fingerprint if second else ""
+
     # ---- running (in the worker's thread) -----------------------------------------------------------------
 
     def _execute(self, job: Job) -> Run:
@@ -241,11 +258,12 @@ class Session:
         job.plan(0, "loading the model")
         model = self._model_for(method, recipe.model)
         scorer = self._scorer(params, model, job)
+        method, second = self._with_extras(method, model, params, job)
         key = recipe.key(
             model.fingerprint,
             self.dtype,
             tuple(mark(self.shelf.open(entry)) for entry in recipe.edits),
-            scorer.fingerprint if scorer else None,
+            (scorer.fingerprint if scorer else "") + second or None,
         )
         anew = job.options.get("fresh") or job.options.get("out") is not None
         if not anew and (found := self.store.find(key)):
@@ -269,7 +287,7 @@ class Session:
     def _attempt(self, method: Method, arguments: tuple, job: Job) -> tuple[Run, Exception | None]:
         """(the run, what ended it early or None); an end before the first partial result is raised."""
         started, clock, rows = datetime.now(UTC), time.monotonic(), self.batch
-        edits = [self.shelf.open(entry) for entry in job.recipe.edits]
+        edits = [self.shelf.open(entry) for entry in (() if method.lays_edits else job.recipe.edits)]
         forced = bool(job.options.get("force"))
         result, failure = None, None
         try:

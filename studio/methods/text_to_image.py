@@ -176,6 +176,17 @@ class Bench:
         )
         return self.model.decode(latents)
 
+    def grid(self, prompts: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+        """Images (prompt, seed, H, W, 3) uint8, in batches."""
+        cond, _ = self.model.encode(prompts)
+        pairs = [(p, s) for p in range(len(prompts)) for s in seeds]
+        made = []
+        for start in range(0, len(pairs), self.report.rows):
+            part = pairs[start : start + self.report.rows]
+            made.append(self.images(cond.rows([p for p, _ in part]), [s for _, s in part]))
+        images = np.concatenate(made)
+        return images.reshape(len(prompts), len(seeds), *images.shape[1:])
+
     def score(self, images: np.ndarray, clean: np.ndarray) -> np.ndarray:
         """Scores (N,) float32 of images; `clean` is the clean image (H, W, 3) of their seed."""
         return score(
