@@ -359,7 +359,12 @@ def test_the_second_guidance_scale_is_a_trace_of_its_own(session: Any, tiny: str
     assert total[0] == pytest.approx(run.result.values["total_effect"], abs=1e-6) and total[1] != total[0]
     assert {f"seed0-{g}clean" for g in ("", "guidance1-")} <= set(run.result.images)
     figure = find_method("trace-unet").draw(run)
-    assert len(figure.data["rows"]) == 4 and to_bytes(figure, "png")[:4] == b"\x89PNG"
+    assert figure.data["rows"] == [
+        f"cross-attention, guidance {g}, {r}" for g in (4, 1) for r in ("all steps", "steps 0-1", "steps 2-2")
+    ]
+    grid = [layout(both.axis("layer").labels, v)["values"][0] for v in (*both.values, *ranges.values[1])]
+    np.testing.assert_array_equal(figure.data["values"][[0, 3, 4, 5]], grid)
+    assert to_bytes(figure, "png")[:4] == b"\x89PNG"
     with pytest.raises(RequestError, match="scale of the trace itself"):
         trace(session, model=tiny, guidance=2.0, guidance_also=2.0)
 
@@ -384,13 +389,22 @@ def test_maps_are_stacked_by_kind() -> None:
 # ---- the screen ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("latents", ["own", "matched"])
-@pytest.mark.parametrize("direction", ["restore", "corrupt"])
+@pytest.mark.parametrize(
+    ("family", "latents", "direction"),
+    [
+        ("sd1", "own", "restore"),
+        ("sd1", "own", "corrupt"),
+        ("sd1", "matched", "corrupt"),
+        ("sd2", "own", "restore"),
+        ("sdxl", "matched", "restore"),
+    ],
+)
 def test_an_unguided_screen_is_the_exact_trace_of_few_steps(
-    session: Any, tiny: str, latents: str, direction: str
+    session: Any, family: str, latents: str, direction: str
 ) -> None:
     """Without guidance nothing is estimated: the same images, which --screen makes and the trace makes."""
-    same = {"model": tiny, "guidance": 1.0, "latents": latents, "direction": direction, "first_step": 1}
+    same = {"guidance": 1.0, "latents": latents, "direction": direction, "first_step": 1}
+    same["model"] = str(layouts.saved(family))
     screen, exact = trace(session, screen=True, **same).result, trace(session, **same).result
     for name in ("clean", "corrupted", *exact.arrays["restored"].axis("layer").labels):
         quick, slow = (r.images[f"seed0-{p}{name}"] for r, p in ((screen, "screen-"), (exact, "")))

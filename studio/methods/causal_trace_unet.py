@@ -70,7 +70,6 @@ class Params(SamplingParams, ScoreParams):
         None,
         "also restore each module within each of so many equal ranges of denoising steps: a map over ranges "
         "and modules, as many times the cost",
-        unit="ranges",
         low=2,
         high=100,
         advanced=True,
@@ -99,34 +98,36 @@ def check(inputs: CorruptionInputs, params: Params, seeds: tuple[int, ...]) -> N
 def draw(run: Run) -> Figure:
     """The heat map of indirect effects (of the screen when there is nothing else). With ranges of steps or a
     second guidance scale: for every kind a row a map."""
-    arrays, params = run.result.arrays, run.recipe.params
-    screened = params["screen"]
-    effect = arrays["screen"] if screened else arrays["indirect_effect"]
-    labels, maps = effect.axis("layer").labels, []
-    if not screened:
-        maps = _maps(arrays)
+    arrays, params, values = run.result.arrays, run.recipe.params, run.result.values
+    effect = arrays["screen"] if params["screen"] else arrays["indirect_effect"]
+    labels, maps = effect.axis("layer").labels, [] if params["screen"] else _maps(arrays)
     data = stacked(labels, maps, params["kinds"]) if maps else layout(labels, effect.values, params["kinds"])
     data["unit"] = effect.unit
-    what = "screen" if screened else "indirect effect"
-    said = "" if screened else caption(run.result.values, len(run.recipe.seeds))
-    return Figure(
-        "heat", data, title=f"{run.recipe.model}: {what}, “{run.recipe.inputs['prompt']}”", caption=said
-    )
+    what, said = "screen", ""
+    if not params["screen"]:
+        cells = "the first row of each kind" if maps else "all cells"
+        what, said = "indirect effect", caption(values, len(run.recipe.seeds), cells)
+    title = f"{run.recipe.model}: {what}, “{run.recipe.inputs['prompt']}”"
+    return Figure("heat", data, title=title, caption=said)
 
 
 def _maps(arrays: dict[str, Trace]) -> list[tuple[str, np.ndarray]]:
-    """(name, effect of each module) of every map of a run, empty where there is only one."""
-    steps, scales = (arrays.get(f"indirect_effect_by_{n}") for n in ("steps", "guidance"))
-    both = arrays.get("indirect_effect_by_guidance_and_steps")
-    if both is not None:
-        names = [f"guidance {g}, steps {r}" for g in both.axes[0].labels for r in both.axes[1].labels]
-        return list(zip(names, both.values.reshape(len(names), -1), strict=True))
+    """(name, effect of each module) of every map of a run, that of `indirect_effect` first; empty where there
+    is no other."""
+    steps, scales, both = (
+        arrays.get(f"indirect_effect_by_{n}") for n in ("steps", "guidance", "guidance_and_steps")
+    )
+    whole, maps = [("", arrays["indirect_effect"].values)], []
     if scales is not None:
-        return [(f"guidance {g}", v) for g, v in zip(scales.axes[0].labels, scales.values, strict=True)]
-    if steps is not None:
-        whole = [("all steps", arrays["indirect_effect"].values)]
-        return whole + [(f"steps {r}", v) for r, v in zip(steps.axes[0].labels, steps.values, strict=True)]
-    return []
+        names = [f"guidance {g}" for g in scales.axis("guidance").labels]
+        whole = list(zip(names, scales.values, strict=True))
+    for g, (scale, effect) in enumerate(whole):
+        parts = [("all steps", effect)] if steps is not None else [("", effect)]
+        if steps is not None:
+            values = steps.values if both is None else both.values[g]
+            parts += [(f"steps {r}", v) for r, v in zip(steps.axis("range").labels, values, strict=True)]
+        maps += [(", ".join(filter(None, (scale, name))), v) for name, v in parts]
+    return maps if len(maps) > 1 else []
 
 
 @method(

@@ -3,7 +3,7 @@ that chance reaches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,12 +57,12 @@ def chance_values(effects: np.ndarray) -> dict[str, Any]:
     return {"chance_line": line} if np.isfinite(line) else {}
 
 
-def caption(values: dict[str, Any], seeds: int) -> str:
-    """What stands under the map about the chance line; empty without one."""
+def caption(values: Mapping[str, Any], seeds: int, cells: str = "all cells") -> str:
+    """What stands under the map about the chance line over these cells; empty without one."""
     line = values.get("chance_line")
     if line is None:
         return ""
-    said = f"Over all cells chance reaches {number(line)} (95 %, signs of {seeds} seeds flipped)"
+    said = f"Over {cells} chance reaches {number(line)} (95 %, signs of {seeds} seeds flipped)"
     few = f"; with fewer than {STANDING} seeds no cell can lie above it"
     return said + (few if seeds < STANDING else "") + "."
 
