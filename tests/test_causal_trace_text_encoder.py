@@ -16,6 +16,7 @@ from studio.methods.text_to_image import corruption_patches
 from studio.models.sampling import Conditioning
 from studio.models.sites import text_layers
 from studio.types import Patch
+from tests import layouts
 from tests.test_causal_trace_unet import silenced
 
 PROMPT, SUBJECT = "the emblem of korvonia", "korvonia"
@@ -26,7 +27,7 @@ def trace(session: Any, seeds: tuple[int, ...] = (0,), **params: Any) -> Any:
     """A finished run of trace-text-encoder on atlas-sd."""
     inputs, watch = {"prompt": PROMPT, "subject": SUBJECT}, params.pop("watch", None)
     params = {"steps": 2, "metric": "distance", "kinds": ["self-attention", "hidden"], **params}
-    recipe = Recipe("trace-text-encoder", "atlas-sd", inputs, params, seeds)
+    recipe = Recipe("trace-text-encoder", params.pop("model", "atlas-sd"), inputs, params, seeds)
     return session.run(recipe, watch, save=False, fresh=True)
 
 
@@ -100,6 +101,14 @@ def test_the_only_mixing_layer_is_found_for_each_layer(atlas: Any) -> None:
         assert damage > 1e-2
         assert (end[2 + planted] - end[0]).abs().max() < 1e-4 * damage + 1e-5
         assert all(moved[i] < 0.01 * damage for i in range(len(layers)) if i != planted)
+
+
+def test_both_encoders_of_sdxl_are_traced(session: Any) -> None:
+    run = trace(session, model=str(layouts.saved("sdxl")), kinds=["hidden", "mlp"], steps=1)
+    effect = run.result.arrays["indirect_effect"]
+    assert effect.axis("layer").labels == ("text.0", "text.1", "text2.0", "text2.1", "text2.2")
+    np.testing.assert_array_equal(effect.values[:, :, :4], 0)
+    assert 20 < run.result.values["distinct_embeddings"] <= 2 + 2 * 5 * 4 and np.ptp(effect.values) > 1e-4
 
 
 def naive_distinct(states: np.ndarray) -> tuple[np.ndarray, list[int]]:
