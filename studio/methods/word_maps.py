@@ -209,9 +209,9 @@ class _WordMaps:
 
     def _finish(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         """(images, maps at their size, breakdown) of a batch."""
-        from torch.nn.functional import interpolate
+        from studio.models.attention_maps import resized
 
-        maps = interpolate(self._sum, images.shape[1:3], mode="bilinear", align_corners=False)
+        maps = resized(self._sum, *images.shape[1:3])
         return images, maps.cpu().numpy(), self._by.cpu().numpy() if self.parts else None
 
     def result(self, scorer: Any) -> Result:

@@ -68,6 +68,9 @@ def enlarge(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
     tall, wide = height, width
     while tall * wide > maps.shape[-1]:
         tall, wide = -(-tall // 2), -(-wide // 2)
-    return interpolate(
-        maps.unflatten(-1, (tall, wide)), (height, width), mode="bilinear", align_corners=False
-    )
+    return resized(maps.unflatten(-1, (tall, wide)), height, width)
+
+
+def resized(maps: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Maps (A, B, h, w) at another size, bilinear."""
+    return interpolate(maps, (height, width), None, "bilinear", False)
