@@ -79,7 +79,7 @@ def _dispatch(argv: list[str]) -> int:
         print(overview())
         return 0
     if argv[0] in ("-V", "--version"):
-        from studio.session import versions
+        from studio.provenance import versions
 
         print(f"locus {versions()['locus-studio']}")
         return 0

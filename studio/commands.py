@@ -93,6 +93,13 @@ def doctor(argv: list[str]) -> int:
     return int(bool(wrong))
 
 
+def _warn(sentence: str) -> None:
+    print(f"locus: warning: {sentence}", file=sys.stderr)
+
+
+_REPLAY = "Runs a run folder's recipe again, on the threads and the batch of the run, and compares."
+
+
 def replay(argv: list[str]) -> int:
     """replay: runs a run folder's recipe again and says whether arrays and images agree"""
     if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
@@ -101,11 +108,13 @@ def replay(argv: list[str]) -> int:
         "json": (bool, "", "print JSON", "")
     }
     if argv[0] in ("-h", "--help"):
-        parse_options("replay RUN", "Runs a run folder's recipe again and compares.", options, argv)
-    given = parse_options("replay", "Runs a run folder's recipe again and compares.", options, argv[1:])
+        parse_options("replay RUN", _REPLAY, options, argv)
+    given = parse_options("replay", _REPLAY, options, argv[1:])
     from studio.replay import compare, repeat
 
-    old, new = repeat(argv[0], given, progress_bar())
+    old, new = repeat(
+        argv[0], given, progress_bar(), lambda s: print(f"locus: warning: {s}", file=sys.stderr)
+    )
     report = compare(old, new)
     print(json.dumps(report, indent=1) if given["json"] else "\n".join(report["said"]))
     return 0 if report["agrees"] else 1

@@ -13,7 +13,7 @@ from studio.errors import StudioError
 from studio.models.catalog import ASSETS, CATALOG
 from studio.models.device import default_threads, free_memory, pick_device
 from studio.models.loading import fingerprint, home
-from studio.session import versions
+from studio.provenance import versions
 
 _LEAST_MEMORY, _LEAST_DISK = 2 * 10**9, 10**9
 

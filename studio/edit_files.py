@@ -66,6 +66,11 @@ def _check_finite(path: Path, deltas: dict[str, np.ndarray]) -> None:
             raise RequestError(f"{path} holds NaN or infinity in {name}; make the edit again.")
 
 
+def edit_hash(path: str | Path) -> str:
+    """SHA-256 of an edit file's bytes."""
+    return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+
+
 def split_entry(entry: str) -> tuple[str, float]:
     """(path, strength) of `PATH` or `PATH@STRENGTH`; a file whose own name ends so is a path."""
     path, at, tail = entry.rpartition("@")
@@ -100,7 +105,7 @@ class Shelf:
             found = self._kept.get(stamp) if stamp else None
         if found is None:
             edit = read_edit(path)
-            found = (edit, hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest())
+            found = (edit, edit_hash(path))
             self._keep(stamp, found)
         return Active(found[0], strength, found[1])
 

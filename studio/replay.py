@@ -10,16 +10,27 @@ from typing import Any
 
 import numpy as np
 
+from studio.edit_files import edit_hash, split_entry
 from studio.errors import RequestError
-from studio.session import Session, versions
+from studio.models.loading import locate
+from studio.provenance import versions
+from studio.session import Session
 from studio.store import Store, check_free, read_run
 from studio.types import Run
 
 TOLERANCE = 1e-4
 
 
-def repeat(where: str, given: dict[str, Any], report: Callable | None = None) -> tuple[Run, Run]:
-    """(the run that stands there, the run made now from its recipe); never answered from the store."""
+def repeat(
+    where: str,
+    given: dict[str, Any],
+    report: Callable | None = None,
+    warn: Callable[[str], None] = lambda sentence: None,
+) -> tuple[Run, Run]:
+    """(the run that stands there, the run made now from its recipe); never answered from the store.
+
+    `warn` is told at once what has changed since, before anything is computed.
+    """
     folder = Path(where).expanduser()
     old = read_run(folder) if folder.is_dir() else Store(given.get("runs") or _default_runs()).load(where)
     if old.status != "done":
@@ -37,7 +48,23 @@ def repeat(where: str, given: dict[str, Any], report: Callable | None = None) ->
         batch=host.get("batch"),
     )
     with contextlib.closing(session):
-        return old, session.run(old.recipe, report, fresh=True, save=False, out=out)
+        for sentence in changed(old, session):
+            warn(sentence)
+        force = bool(host.get("force"))
+        return old, session.run(old.recipe, report, fresh=True, save=False, out=out, force=force)
+
+
+def changed(old: Run, session: Session) -> list[str]:
+    """What can be told before anything is computed: weights or edit files that are no longer those of the
+    run."""
+    said = []
+    if locate(old.recipe.model, session.models_folder).fingerprint != old.model.get("fingerprint"):
+        said.append(f"The weights of {old.recipe.model} are not those of the run, so it can't be repeated.")
+    for entry, digest in zip(old.recipe.edits, old.host.get("edits", ()), strict=False):
+        path = split_entry(entry)[0]
+        if Path(path).is_file() and edit_hash(path) != digest:
+            said.append(f"The edit file {path} has changed since the run.")
+    return said
 
 
 def _default_runs() -> Path:
@@ -68,7 +95,12 @@ def compare(old: Run, new: Run) -> dict[str, Any]:
         else f"{sum(v != 0 for v in arrays.values())} of {len(arrays)} arrays and {len(images)} of "
         f"{len(old.result.images)} images differ."
     )
-    said += [f"  {name}: largest difference {v:.3g}" for name, v in arrays.items() if v]
+    said += [
+        f"  {name}: "
+        + (f"largest difference {v:.3g}" if np.isfinite(v) else "another shape, or gaps elsewhere")
+        for name, v in arrays.items()
+        if v
+    ]
     if not identical:
         said += _differences(old, new)
     return {
@@ -94,6 +126,10 @@ def _differences(old: Run, new: Run) -> list[str]:
     out = []
     if old.model.get("fingerprint") != new.model.get("fingerprint"):
         out.append("  The model's weights are not the same as then.")
+    if old.host.get("scorer") != new.host.get("scorer"):
+        out.append("  The scorer's weights are not the same as then.")
+    if old.host.get("edits") != new.host.get("edits"):
+        out.append("  The edit files are not the same as then.")
     for key in ("device", "dtype", "threads", "batch"):
         if old.host.get(key) != new.host.get(key):
             out.append(f"  {key}: {old.host.get(key)} then, {new.host.get(key)} now.")

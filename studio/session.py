@@ -15,7 +15,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from studio.jobs import Job, JobQueue
 from studio.models.catalog import DEFAULT_SCORER
 from studio.models.device import default_threads, free_memory, pick_device
 from studio.models.loading import Source, home, load_diffusion, loaded_bytes, locate
+from studio.provenance import laid, origin, versions, with_warnings
 from studio.registry import Method, find_method, parse, plain
 from studio.store import Store, write_run
 from studio.types import Recipe, Result, Run
@@ -34,7 +34,6 @@ from studio.types import Recipe, Result, Run
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _log = logging.getLogger("locus")
 _KINDS = {"diffusion": "a text-to-image model", "clip": "a CLIP"}
-_LIBRARIES = ("locus-studio", "torch", "diffusers", "transformers", "open_clip_torch", "numpy")
 
 
 class Session:
@@ -302,7 +301,7 @@ class Session:
             "done" if failure is None else "stopped" if isinstance(failure, Cancelled) else "failed",
             started.isoformat(timespec="seconds"),
             time.monotonic() - clock,
-            self.host(rows),
+            self.host(rows) | laid(job, arguments[-1]),
             with_warnings(result or job.latest, job.warnings),
             str(failure) or None if failure else None,
         )
@@ -371,30 +370,3 @@ class Session:
             "versions": versions(),
             "machine": platform.machine(),
         }
-
-
-def origin(model: Any, name: str) -> dict[str, Any]:
-    """What run.json says of a model that was asked for by `name`."""
-    return {
-        "id": model.id,
-        "path": str(model.source.path) if model.source.kind and Path(name).exists() else None,
-        "revision": model.source.revision,
-        "family": model.family,
-        "fingerprint": model.fingerprint,
-    }
-
-
-def with_warnings(result: Result, warnings: list[str]) -> Result:
-    """The result with the job's warnings among its values."""
-    return replace(result, values={**result.values, "warnings": list(warnings)}) if warnings else result
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide results; Locus itself may run from a checkout."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "checkout" if name == "locus-studio" else "absent"
-    return found

@@ -19,7 +19,17 @@ LEVELS = {
     **dict.fromkeys(("studio.edits", "studio.edit_files", "studio.edit_export", "studio.solver_race"), 3),
     "studio.atlas": 3,
     **dict.fromkeys(("studio.methods", "studio.audit"), 4),
-    **dict.fromkeys(("studio.session", "studio.jobs", "studio.replay", "studio.runners", "studio.doctor"), 5),
+    **dict.fromkeys(
+        (
+            "studio.session",
+            "studio.jobs",
+            "studio.provenance",
+            "studio.replay",
+            "studio.runners",
+            "studio.doctor",
+        ),
+        5,
+    ),
     **dict.fromkeys(("studio", "studio.bench"), 6),
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.options", "launch"), 8),
@@ -34,6 +44,8 @@ EXCEPTIONS = {
     ("studio/doctor.py", "write TemporaryFile"): "doctor tries whether runs can be written",
     ("panels/server.py", "write mkdtemp"): "the web server's own temporary folder",
     ("panels/widgets.py", "write mkdtemp"): "downloads are copied to a temporary folder by store.export",
+    ("panels/edit.py", "write mkdtemp"): "an edit to download is written to a temporary folder by the store",
+    ("panels/localize.py", "write TemporaryDirectory"): "the store takes an edit over from there",
 }
 
 WRITERS = set(
@@ -145,7 +157,11 @@ def writes(path: str, code: ast.Module, tree: Path) -> Iterator[str]:
             place = 0 if last == "open" and "." in name else MODES[last]
             mode += call.args[place : place + 1]
         text = [m.value for m in mode if isinstance(m, ast.Constant) and isinstance(m.value, str)]
-        if last in WRITERS or name in WRITING_MODULES or any(set(m) & set("wax+") for m in text):
+        if (
+            last in WRITERS
+            or name in WRITING_MODULES
+            or any(set(m) & set("wax+") and set(m) <= set("rwaxbtU+") for m in text)
+        ):
             yield f"write {name if name in WRITING_MODULES else last}"
 
 

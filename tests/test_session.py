@@ -17,9 +17,9 @@ from safetensors.numpy import save_file
 from studio import Recipe, RequestError, StudioError
 from studio.models.device import pick_device
 from studio.models.hooks import hook_count
+from studio.provenance import versions
 from studio.registry import METHODS, find_method
 from studio.replay import compare, repeat
-from studio.session import versions
 
 GENERATE = Recipe(
     "generate", "atlas-sd", {"prompt": ["a red star", "two blue hearts"]}, {"steps": 2}, (0, 1, 2)
@@ -104,7 +104,8 @@ def test_a_fault_leaves_weights_hooks_and_queue_as_they_were(
     else:
         monkeypatch.setattr("studio.session.write_run", fault)
     inputs = {"prompt": "a red star", "subject": "star"}
-    recipe = Recipe("trace-unet", "atlas-sd", inputs, {"steps": 1, "kinds": ["resnet"], "metric": "distance"})
+    params = {"steps": 1, "kinds": ["resnet"], "metric": "distance", "hint": False}
+    recipe = Recipe("trace-unet", "atlas-sd", inputs, params)
     edit = edit_file(atlas, tmp_path / "edit.safetensors")
     with pytest.raises(ZeroDivisionError):
         session.run(replace(recipe, edits=(str(edit),)), fresh=True, out=tmp_path / "run")
@@ -175,7 +176,7 @@ def test_a_checkout_is_no_missing_library(monkeypatch: pytest.MonkeyPatch) -> No
     def nowhere(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("studio.session.version", nowhere)
+    monkeypatch.setattr("studio.provenance.version", nowhere)
     found = versions()
     assert found.pop("locus-studio") == "checkout" and found.pop("python")
     assert set(found.values()) == {"absent"}
