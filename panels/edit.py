@@ -12,6 +12,7 @@ from typing import Any
 import gradio as gr
 
 from panels import edit_form, heatmap, widgets
+from panels.edit_audit import Audit
 from panels.edit_form import PICTURES, layer_map
 from panels.edit_stack import Entry, Stack
 from panels.edit_view import NO_STACK, Pictures
@@ -37,8 +38,10 @@ def build(session: Session) -> None:
         with gr.Column(scale=2, min_width=300):
             form = edit_form.form()
         with gr.Column(scale=5, min_width=320):
-            out = edit_form.outputs()
-    _Panel("edit", session, form, out).wire()
+            out, asked, found = edit_form.outputs()
+    panel = _Panel("edit", session, form, out)
+    panel.wire()
+    Audit(session, asked, found, panel.stack, form["model"], panel.pictures).wire_run()
 
 
 def _said(handler: Callable) -> Callable:

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from panels import heatmap, widgets
+from panels import edit_audit, heatmap, widgets
 from panels.edit_stack import Entry
 from panels.edit_view import StackList, Takeover
 from studio.errors import RequestError
@@ -61,17 +61,19 @@ def form() -> dict[str, Any]:
     return found
 
 
-def outputs() -> dict[str, Any]:
-    """All outputs by name; examples set inputs of both sides."""
+def outputs() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """All outputs by name; the audit's inputs and outputs, which stand among them."""
     out: dict[str, Any] = {"status": widgets.status_line("edit")}
     with gr.Tabs():
         with gr.Tab("Before and after", id="preview"):
             _preview(out)
+        with gr.Tab("Audit", id="audit"):
+            asked, found = edit_audit.form(), edit_audit.outputs()
         with gr.Tab("What this shows, and what it cannot", id="help"):
             gr.Markdown(widgets.page("edit"), elem_id="edit-help")
     out["export"] = widgets.export_buttons("edit")
     out["takeover"] = Takeover(elem_id="edit-takeover")
-    return out
+    return out, asked, found
 
 
 def _preview(out: dict[str, Any]) -> None:

@@ -36,7 +36,7 @@ TITLE = "Localize"
 NEEDS = "diffusion"
 QUESTION = "Where does the model keep this concept, and where should it be edited?"
 HINT = "Press Run. Bars come as they are measured; click one for its images."
-METHODS = {"localize": "Layers", "attribute": "Weights", "neurons": "Neurons"}
+METHODS = {"localize": "Layers", "attribute": "Weights", "neurons": "Neurons", "passport": "Passport"}
 EXAMPLES = [
     ["a red star on a white background", "a red circle on a white background"],
     ["a blue house in the style of Osk Maren", "a blue house"],
@@ -108,11 +108,12 @@ def _outputs() -> dict[str, Any]:
     with gr.Tabs():
         with gr.Tab("Bars", id="bars"), gr.Column(min_width=320):
             out["figure"] = bars.Bars(HINT, elem_id="localize-figure", padding=False)
+            out["curve"] = widgets.figure_image("localize", "curve")
         with gr.Tab("Table", id="table"):
             out["table"] = widgets.table("localize")
         with gr.Tab("What this shows, and what it cannot", id="help"):
             gr.Markdown(
-                widgets.page("localize") + "\n\n" + widgets.page("attribute"), elem_id="localize-help"
+                "\n\n".join(map(widgets.page, ("localize", "attribute", "audit"))), elem_id="localize-help"
             )
     with gr.Column(elem_id="localize-detail"):
         out["text"] = widgets.line(ASK, "localize-detail-text", lines=2)
@@ -169,7 +170,12 @@ class _Panel(Running):
         return Recipe(method.name, given["model"] or "", widgets.asked(method, given), {}, seeds)
 
     def drawn(self, recipe: Recipe, result: Result, again: bool = False) -> dict[Any, Any]:
-        """Bars and table."""
+        """Bars and table; the passport's figure when all is there."""
+        if recipe.method == "passport":
+            if not again or "verdict" not in result.values:
+                return {}
+            hint = {"hint": str(result.values["verdict"])}
+            return {self.out["curve"]: widgets.drawn_figure(recipe, result), self.out["figure"]: hint}
         figure = figure_of(recipe, result)
         return {self.out["figure"]: bars.as_value(figure, again), self.out["table"]: bars.as_table(figure)}
 
@@ -183,7 +189,7 @@ class _Panel(Running):
             out["seed"]: gr.update(visible=False, choices=[], value=None),
             out["ratio"]: gr.update(visible=False),
             out["edit"]: gr.update(visible=False),
-            **{out[n]: gr.update(visible=False, value=None) for n in (*PICTURES, "slider")},
+            **{out[n]: gr.update(visible=False, value=None) for n in (*PICTURES, "slider", "curve")},
         }
 
     def empty(self) -> dict[Any, Any]:
@@ -201,6 +207,8 @@ class _Panel(Running):
     ) -> dict:
         """A bar was picked."""
         recipe, result = self.measured(kept)
+        if recipe.method not in COMPARED:
+            raise RequestError("There are no bars on screen.")
         _, col = heatmap.chosen(event, 1, len(figure_of(recipe, result).data["labels"]))
         shown = self.detail(kept, col, seed, ratio, str(request.session_hash))
         return {self.state: {**kept, "cell": col}, **shown}

@@ -42,6 +42,8 @@ def headline(run: Run) -> str:
         told = values.get("correlation")
         sure = f" Predicted and true changes of random ablations correlate at {number(told)}." if told else ""
         return f"Strongest carrier: {name[0]} ({number(value)}).{sure} {ASK}"
+    if method == "passport":
+        return str(values.get("verdict", ""))
     if method == "neurons":
         return f"Layers {values['layer_numbers']}; the largest: {values['largest'].split(', ')[0]}. {ASK}"
     return ASK

@@ -3,6 +3,7 @@ as sentences."""
 
 from __future__ import annotations
 
+import io
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -13,10 +14,12 @@ from typing import Any
 import gradio as gr
 
 from studio.errors import RequestError, StudioError
+from studio.figures import to_bytes
 from studio.jobs import Job
 from studio.models.catalog import CATALOG
-from studio.registry import REQUIRED, Method, base_type, hints
+from studio.registry import REQUIRED, Method, base_type, find_method, hints
 from studio.store import export
+from studio.types import Recipe, Result, Run
 
 GRACE = 10.0  # seconds that a job outlives its page, so that a reload can take it up again
 
@@ -146,6 +149,26 @@ def shown_pictures(
     whole = all(p is not None for p in pair)
     update = {out[n]: gr.update(value=picture, visible=picture is not None) for n, picture in images.items()}
     return update | {out["slider"]: gr.update(value=pair if whole else None, visible=whole)}
+
+
+def figure_image(panel: str, elem_id: str = "figure") -> gr.Image:
+    """A figure as it is exported, for kinds that have no component of their own."""
+    return gr.Image(
+        visible=False,
+        interactive=False,
+        show_label=False,
+        buttons=["fullscreen", "download"],
+        format="png",
+        elem_id=f"{panel}-{elem_id}",
+    )
+
+
+def drawn_figure(recipe: Recipe, result: Result) -> Any:
+    """The update of `figure_image` for results: the method's own figure."""
+    from PIL import Image
+
+    figure = find_method(recipe.method).draw(Run(recipe, "done", "", 0.0, {}, result))
+    return gr.update(value=Image.open(io.BytesIO(to_bytes(figure, "png"))), visible=True)
 
 
 def kept_in_browser(key: str) -> gr.BrowserState:
