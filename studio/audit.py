@@ -195,3 +195,63 @@ def _lead(efficacy: Spread, leak: Spread) -> str:
     if not sure or (leak.known and not (leak.high <= LEAKS or leak.low > LEAKS)):
         words += f" (not certain at {100 * LEVEL:.0f} %)"
     return words
+
+
+# ---- the passport -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a map stands to what edits did: Spearman's correlation over the windows, how often chance gives as
+    much, success at the window that the map points at and at the best one, the median of random sets, and the
+    share of them that do at least as well as the map's window."""
+
+    rank_correlation: float
+    rank_chance: float
+    success_localized: float
+    success_best: float
+    success_random: float
+    randoms_as_good: float
+
+
+def standing(effect: np.ndarray, success: np.ndarray, randoms: np.ndarray) -> Standing:
+    """Of direct effects and success (window,), and success of random sets; NaN where not measured."""
+    here, known = float(success[int(np.argmax(effect))]), randoms[np.isfinite(randoms)]
+    best = float(np.nanmax(success)) if np.isfinite(success).any() else float("nan")
+    middle, share = (
+        (float(np.median(known)), float((known >= here).mean())) if len(known) else (np.nan, np.nan)
+    )
+    return Standing(rank_agreement(effect, success), rank_chance(effect, success), here, best, middle, share)
+
+
+def passport_verdict(
+    concept: str, pointed: str, best: str | None, said: Sequence[tuple[str, Standing, dict[str, float]]]
+) -> str:
+    """One sentence of each scorer's (name, standing, success by set); its first words go by the first's."""
+    name, first, success = said[0]
+    if best is None or not np.isfinite(first.success_localized):
+        return (
+            f"It can't be told whether the map of “{concept}” says where an edit works: the concept and its "
+            "replacement score alike, or too little is measured yet."
+        )
+    if first.rank_correlation >= WORKS and first.rank_chance <= 1 - LEVEL:
+        lead = "The map says where this edit works"
+    elif first.success_localized >= 0.9 * first.success_best > 0 and first.randoms_as_good <= 0.1:
+        lead = "The map finds a good place and does not rank the others"
+    else:
+        lead = "The map does not say where this edit works"
+    text = f"{lead}: it points at {pointed}, where efficacy minus leak is {first.success_localized:.2f}; the "
+    text += f"best window is {best} with {first.success_best:.2f}"
+    if np.isfinite(first.success_random):
+        text += (
+            f", random sets reach {first.success_random:.2f} (median), and {100 * first.randoms_as_good:.0f}"
+        )
+        text += " % of them do as well as the map's window"
+    others = [f"{label.split(':')[0]} {v:.2f}" for label, v in success.items() if ":" in label]
+    others = [o for o in others if not o.startswith("random") and "nan" not in o]
+    text += f"; {', '.join(others)}" if others else ""
+    for scorer, s, _ in said:
+        if np.isfinite(s.rank_correlation):
+            text += f"; rank correlation over the windows {s.rank_correlation:.2f} by {scorer}"
+            text += f" (chance gives as much in {100 * s.rank_chance:.0f} %)"
+    return text + "."
