@@ -65,6 +65,7 @@ def as_value(figure: Figure, again: bool = False) -> dict[str, Any]:
         "unit": data["unit"],
         "limit": scale_limit(values),
         "palette": palette,
+        "caption": figure.caption,
         "again": again,
     }
     return json.loads(json.dumps(value))
@@ -87,9 +88,10 @@ def as_table(figure: Figure) -> str:
     data = figure.data
     values = np.asarray(data["values"], float)
     lines = [
-        f"{number(float(v)):>9}\t{name or f'{row}, {col}'}"
+        f"{number(float(v)):>9}\t{f'{row}: {name}' if data.get('row_of') else name}"
         for row, names, numbers in zip(data["rows"], data["names"], values, strict=True)
         for col, name, v in zip(data["cols"], names, numbers, strict=True)
         if name
     ]
-    return "\n".join([f"{data['unit']}\tplace", *lines])
+    told = ["", figure.caption] if figure.caption else []
+    return "\n".join([f"{data['unit']}\tplace", *lines, *told])

@@ -67,13 +67,13 @@ def _form(methods: list[Method]) -> dict[str, Any]:
     form |= widgets.run_buttons("trace")
     with gr.Accordion("Sampling and scoring", open=False):
         form["model"] = widgets.model_choice("trace", "diffusion", "atlas-sd")
-        for name in ("steps", "guidance", "noise", "metric", "replacement"):
-            form[name] = widgets.widget("trace", name, *known[name], visible=name in mine)
+        for name in ("steps", "guidance", "noise", "search_noise", "metric", "replacement"):
+            value = True if name == "search_noise" else None
+            form[name] = widgets.widget("trace", name, *known[name], value, visible=name in mine)
     with gr.Accordion("More options", open=False):
         for name, (f, kind) in known.items():
             if name not in form and name != "kinds":
-                value = True if name == "search_noise" else None
-                form[name] = widgets.widget("trace", name, f, kind, value, visible=name in mine)
+                form[name] = widgets.widget("trace", name, f, kind, visible=name in mine)
     gr.Examples(EXAMPLES, [form[n] for n in _MAIN], label="Examples", elem_id="trace-examples")
     return form
 

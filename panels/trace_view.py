@@ -53,7 +53,9 @@ def headline(recipe: Recipe, result: Result) -> str:
     if not best or total is None:
         return ASK
     (place, value), whole = best[0], f" of the {number(total)} that corruption takes away"
-    return f"Strongest so far: {', '.join(place)} brings back {number(value)}{whole}. {ASK}"
+    asked, used = recipe.params.get("noise"), result.values.get("noise")
+    noise = f" Noise of {number(used)} was needed." if asked is not None and used not in (None, asked) else ""
+    return f"Strongest so far: {', '.join(place)} brings back {number(value)}{whole}.{noise} {ASK}"
 
 
 def detail(
@@ -72,10 +74,37 @@ def detail(
     seed = seed if seed in seeds else seeds[0]
     index, image = _place(recipe, result, cell, name)
     images = {n: result.images.get(f"seed{seed}-{n if n != 'restored' else image}") for n in PICTURES}
+    if recipe.params.get("screen"):
+        images = {n: result.images.get(f"seed{seed}-screen-{_screened(n, image)}") for n in PICTURES}
+    told = _map_of(figure, cell)
+    if told and seed == seeds[0]:
+        images["restored"] = result.images.get(image_name(f"seed{seed}", *_parts(told, result), name))
     update = widgets.shown_pictures(out, images, ("corrupted", "restored"))
     update[out["text"]] = _sentence(recipe, result, name, index, seed)
+    if told:
+        value = float(figure.data["values"][cell[0]][cell[1]])
+        update[out["text"]] = f"{told}: indirect effect {number(value)}.\nAll in all: {update[out['text']]}"
     update[out["seed"]] = gr.update(choices=seeds, value=seed, visible=len(seeds) > 1)
     return update
+
+
+def _screened(name: str, image: str) -> str:
+    """What a picture of a screen is called behind its seed."""
+    return image if name == "restored" else name
+
+
+def _map_of(figure: Figure, cell: tuple[int, int]) -> str:
+    """The map that a row belongs to where there are several ("guidance 7.5, steps 0-4"); "" for the whole."""
+    rows = figure.data.get("row_of")
+    name = rows[cell[0]][1] if rows else ""
+    return "" if name in ("", "all steps") or rows[0][1] == name else name
+
+
+def _parts(told: str, result: Result) -> list[str]:
+    """How a map's images are named: its guidance scale where it isn't the first, its range of steps."""
+    first = f"guidance {result.values.get('guidance', 0):g}"
+    parts = [p for p in told.split(", ") if p not in ("all steps", first)]
+    return [p.replace(" ", "") for p in parts]
 
 
 def _place(recipe: Recipe, result: Result, cell: tuple[int, int], name: str) -> tuple[tuple[int, ...], str]:
@@ -103,6 +132,9 @@ def _sentence(recipe: Recipe, result: Result, name: str, index: tuple[int, ...],
     error = float(standard_error(mine - arrays["corrupted"].values)) if whole else math.nan
     n = int(np.isfinite(mine).sum())
     spread = f" ± {number(error)} (standard error over {n} seeds)" if math.isfinite(error) else ""
+    if spread and "indirect_effect_low" in arrays:
+        low, high = (float(arrays[f"indirect_effect_{end}"].values[index]) for end in ("low", "high"))
+        spread += f", 95 % from {number(low)} to {number(high)}"
     spread = spread or (
         " (one seed: no standard error)" if len(recipe.seeds) == 1 else f" (so far {n} seeds)"
     )

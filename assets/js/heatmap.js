@@ -65,6 +65,11 @@ function draw() {
     svg('text', {x: left + 164, y: y + 18, style: 'font-size:9px', 'text-anchor': 'end'}, d.limit.toPrecision(2)),
     svg('text', {x: left + 174, y: y + 8, style: 'font-size:10px'}, d.unit));
   root.append(s);
+  if (d.caption) {
+    const c = document.createElement('p');
+    c.className = 'caption'; c.textContent = d.caption;
+    root.append(c);
+  }
 }
 function mark(r, c) {
   cur = [r, c];
