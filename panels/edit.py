@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import wraps
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from panels.edit_view import NO_STACK, Pictures
 from panels.running import QUIET, Running
 from studio.edit_export import composed, export_edits
 from studio.edit_files import read_edit
-from studio.errors import RequestError, StudioError
+from studio.errors import RequestError
 from studio.registry import find_method, parse_seeds
 from studio.session import Session
 from studio.store import EDIT_FILE, write_edit
@@ -28,7 +29,7 @@ from studio.types import Recipe, Result
 TITLE = "Edit"
 NEEDS = "diffusion"
 QUESTION = "Can this concept be changed in the model's weights, did it work, and what else moved?"
-GRID_SEEDS = 6
+GRID_SEEDS, MOST_NEIGHBOURS = 6, 24
 
 
 def build(session: Session) -> None:
@@ -51,14 +52,17 @@ def _said(handler: Callable) -> Callable:
     def run(self: _Panel, *args: Any) -> dict:
         try:
             return handler(self, *args)
-        except StudioError as error:
-            return {self.out["status"]: str(error)}
+        except Exception as error:  # a fault of ours is logged, and said without its text
+            return {self.out["status"]: widgets.spoken(error)}
 
     return run
 
 
 class _Panel(Running):
-    """The panel's handlers: making an edit is a run like any other, the stack is the page's."""
+    """The panel's handlers: making an edit is a run like any other, the stack is the page's.
+
+    What changes the stack answers at once; the images follow in an event of their own.
+    """
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -70,11 +74,13 @@ class _Panel(Running):
         """The recipe that the inputs describe; a concept whose line of replacements is empty is erased."""
         method = find_method("edit")
         asked = widgets.asked(method, given)
-        concepts = asked["concept"] or []
-        others = [line.strip() for line in str(given["replacement"] or "").split("\n")]
-        asked["replacement"] = (others + [""] * len(concepts))[
-            : max(len(concepts), len(asked["replacement"] or []))
-        ]
+        left, right = (
+            [x.strip() for x in str(given[n] or "").split("\n")] for n in ("concept", "replacement")
+        )
+        if len(asked["concept"] or []) == 1:
+            asked["replacement"] = [r for r in right if r] or [""]
+        else:
+            asked["replacement"] = [r for c, r in zip_longest(left, right, fillvalue="") if c or r]
         asked["images"] = False
         return Recipe(method.name, given["model"] or "", asked, {}, parse_seeds(method, None))
 
@@ -87,81 +93,112 @@ class _Panel(Running):
     def wire(self) -> None:
         """Connects everything."""
         form, out = self.form, self.out
-        looks = [self.stack, form["model"], out["prompt"], out["look"]]
-        shown = [self.stack, self.saved, *self.fields]
-        made = self.wire_run()
-        made.then(self.adopt, [self.state, *looks], [self.state, *shown], **QUIET)
-        latest = dict(trigger_mode="always_last", **QUIET)
-        out["stack"].select(self.act, looks, shown, **QUIET)
-        out["strength"].input(self.slide, [*looks, out["strength"]], self.fields, **latest)
-        out["strength"].release(self.strengthen, [*looks, out["strength"]], shown, **latest)
-        out["undo"].click(self.undo, looks, shown, **QUIET)
-        out["redo"].click(self.redo, looks, shown, **QUIET)
-        out["load"].upload(self.load, [out["load"], *looks], shown, **QUIET)
+        self.looks = [self.stack, form["model"], out["prompt"], out["look"]]
+        self.seen = [out[n] for n in (*PICTURES, "slider", "status")]
+        listed = [out[n] for n in ("stack", "undo", "redo", "strength", "status", "file", "grid")]
+        self.changed = [self.stack, self.saved, *listed]
+        here = [*self.looks, self.saved]
+        for event in self.wire_run():
+            self.then_look(event.then(self.adopt, [self.state, *here], [self.state, *self.changed], **QUIET))
+        often = dict(trigger_mode="multiple", **QUIET)
+        self.then_look(out["stack"].select(self.act, here, self.changed, **often))
+        self.then_look(out["undo"].click(self.undo, here, self.changed, **often))
+        self.then_look(out["redo"].click(self.redo, here, self.changed, **often))
+        self.then_look(out["load"].upload(self.load, [out["load"], *here], self.changed, **QUIET))
+        moved = [*here, out["strength"]]
+        quick = dict(trigger_mode="always_last", **QUIET)
+        out["strength"].input(self.slide, [*self.looks, out["strength"]], self.seen, **quick)
+        self.then_look(out["strength"].release(self.strengthen, moved, self.changed, **often))
+        gr.on([out["prompt"].submit, out["look"].submit], self.picture, self.looks, self.seen, **quick)
         for name in ("save", "lora"):
-            out[name].click(getattr(self, name), looks, self.fields, **QUIET)
-        gr.on([out["prompt"].submit, out["look"].submit], self.look, looks, shown, **QUIET)
-        out["over_seeds"].click(self.over_seeds, looks, self.fields, **QUIET)
-        out["over_neighbours"].click(self.over_neighbours, [*looks, out["neighbours"]], self.fields, **QUIET)
+            out[name].click(getattr(self, name), self.looks, [out["file"], out["status"]], **QUIET)
+        grids = dict(outputs=[out["grid"], out["status"], self.client, form["stop"]], **QUIET)
+        out["over_seeds"].click(self.over_seeds, self.looks, **grids)
+        out["over_neighbours"].click(self.over_neighbours, [*self.looks, out["neighbours"]], **grids)
         layers = [form["layers"], form["map"], out["status"]]
         form["show_layers"].click(self.show_layers, [form["model"], form["layers"]], layers, **QUIET)
-        form["map"].select(self.choose_layer, [form["model"], form["layers"]], layers, **QUIET)
+        form["map"].select(self.choose_layer, [form["model"], form["layers"]], layers, **often)
         told = [form[n] for n in ("model", "concept", "replacement", "method", "layers")]
-        out["takeover"].select(self.take_over, looks, [*told, *shown], **QUIET)
-        gr.context.Context.root_block.load(self.restore, [self.saved, *looks[1:]], shown, **QUIET)
+        taken = [*told, out["prompt"], *self.changed]
+        self.then_look(out["takeover"].select(self.take_over, here, taken, **QUIET))
+        kept = [self.saved, *self.looks[1:]]
+        restored = [form["model"], out["prompt"], out["look"], *self.changed]
+        page = gr.context.Context.root_block
+        self.then_look(page.load(self.restore, kept, restored, **QUIET))
+
+    def then_look(self, event: Any) -> None:
+        """After an event that changed the stack: its images."""
+        event.then(self.look_again, self.looks, self.seen, trigger_mode="always_last", **QUIET)
+
+    def look_again(self, request: gr.Request, stack: Stack, *looks: Any) -> Iterator[dict]:
+        """The images of a stack that has something to show."""
+        if isinstance(stack, Stack) and (stack.entries or stack.past or stack.future):
+            yield from self.picture(request, stack, *looks)
 
     # ---- the stack ----------------------------------------------------------------------------------------
 
-    def show(
-        self, stack: Stack, model: str, prompt: str, look: str, user: str, note: str = ""
-    ) -> dict[Any, Any]:
-        """Stack, slider and images of a stack; a fault in drawing is said, and the stack stays as it is."""
-        out, chosen = self.out, stack.chosen
-        update: dict[Any, Any] = {
+    def show(self, stack: Stack, looks: tuple, note: str = "") -> dict[Any, Any]:
+        """The list, its buttons, the slider, and what the browser keeps."""
+        out, model, prompt, look = self.out, *looks[:3]
+        return {
             self.stack: stack,
-            self.saved: stack.kept(),
+            self.saved: {**stack.kept(), "model": model, "prompt": prompt, "look": look},
             out["stack"]: {**stack.kept(), "hint": NO_STACK},
             out["undo"]: gr.Button(interactive=bool(stack.past)),
             out["redo"]: gr.Button(interactive=bool(stack.future)),
-            out["strength"]: edit_form.slider(chosen),
+            out["strength"]: edit_form.slider(stack.chosen),
             out["file"]: gr.update(visible=False),
             out["grid"]: gr.update(visible=False),
+            **({out["status"]: note} if note else {}),
         }
-        try:
-            return (
-                update
-                | self.images(stack, model, prompt, look, user)
-                | ({out["status"]: note} if note else {})
-            )
-        except StudioError as error:
-            return update | {out["status"]: str(error)}
 
-    def images(
-        self, stack: Stack, model: str, prompt: str, look: str, user: str, quick: bool = False
-    ) -> dict[Any, Any]:
-        """Before and after of the prompt that is looked at."""
-        if not prompt.strip():
-            raise RequestError("Type a prompt to look at.")
-        seed = parse_seeds(find_method("generate"), look)[0]
-        before, after = self.pictures.pair(model, prompt, seed, stack, user, quick=quick)
-        pair = dict(zip(PICTURES, (before, after), strict=True))
-        return widgets.shown_pictures(self.out, pair, PICTURES)
+    def here(self, stack: Any, looks: tuple) -> Stack:
+        """The page's stack; when the server forgot it, as the browser kept it."""
+        if isinstance(stack, Stack) and (stack.entries or stack.past or stack.future):
+            return stack
+        return self.kept_stack(looks[3])
+
+    def kept_stack(self, saved: Any) -> Stack:
+        """The stack that a browser kept, as far as its edits are still in the store."""
+        stack = Stack.of(saved)
+        there = tuple(e for e in stack.entries if self.session.store.has_edit(e.edit))
+        return replace(stack, entries=there, picked=min(stack.picked, len(there) - 1))
+
+    def picture(
+        self, request: gr.Request, stack: Stack, model: str, prompt: str, look: str, quick: bool = False
+    ) -> Iterator[dict]:
+        """Before and after of the prompt that is looked at; until they are there, how far they are."""
+        try:
+            if not prompt.strip():
+                raise RequestError("Type a prompt to look at.")
+            seed = parse_seeds(find_method("generate"), look)[0]
+            user = str(request.session_hash)
+            for found in self.pictures.rows(model, [prompt], [seed], stack, user, quick=quick):
+                if isinstance(found, tuple):
+                    pair = dict(zip(PICTURES, (found[0][0], found[1][0]), strict=True))
+                    yield widgets.shown_pictures(self.out, pair, PICTURES)
+                elif waiting := self.session.queue.position(found):
+                    yield {self.out["status"]: widgets.status(found, waiting)}
+        except Exception as error:
+            yield {self.out["status"]: widgets.spoken(error)}
 
     @_said
     def adopt(self, request: gr.Request, kept: dict, stack: Stack, *looks: Any) -> dict:
         """An edit was made: it goes on top of the stack."""
-        run = kept.get("run") if isinstance(kept, dict) else None
+        run, stack = kept.get("run") if isinstance(kept, dict) else None, self.here(stack, looks)
         if not run or kept.get("adopted") == run:
             return {self.stack: stack}
-        digest = self.session.store.keep_edit(self.session.store.path(run) / EDIT_FILE)
+        file = self.session.store.path(run) / EDIT_FILE
+        if not file.is_file():  # stopped before there was one
+            return {self.stack: stack}
         told = self.session.store.load(run)
-        added = stack.add(Entry(digest, edit_form.title_of(told.recipe)))
-        shown = self.show(added, *looks, str(request.session_hash), edit_form.finding(told))
-        return {self.state: {**kept, "adopted": run}, **shown}
+        added = stack.add(Entry(self.session.store.keep_edit(file), edit_form.title_of(told.recipe)))
+        return {self.state: {**kept, "adopted": run}, **self.show(added, looks, edit_form.finding(told))}
 
     @_said
-    def act(self, request: gr.Request, event: gr.EventData, stack: Stack, *looks: Any) -> dict:
+    def act(self, event: gr.EventData, stack: Stack, *looks: Any) -> dict:
         """A button in the stack was pressed."""
+        stack = self.here(stack, looks)
         acts = {
             "toggle": stack.toggle,
             "pick": stack.pick,
@@ -173,57 +210,58 @@ class _Panel(Running):
             changed = acts[str(event.act)](int(event.row))
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise RequestError("That is no edit of the stack.") from error
-        return self.show(changed, *looks, str(request.session_hash))
+        return self.show(changed, looks)
 
-    @_said
-    def slide(self, request: gr.Request, stack: Stack, *looks: Any) -> dict:
+    def slide(self, request: gr.Request, stack: Stack, *looks: Any) -> Iterator[dict]:
         """The slider is being dragged: a quick image, the stack as it was."""
         *looks, strength = looks
-        if stack.chosen is None:
-            return {self.out["status"]: NO_STACK}
+        if stack.chosen is None or strength == stack.chosen.strength:
+            return
         moved = stack.strengthen(stack.picked, strength)
-        images = self.images(moved, *looks, str(request.session_hash), quick=True)
-        return {**images, self.out["status"]: f"Strength {strength:g}, a quick look; let go for all steps."}
+        yield from self.picture(request, moved, *looks, quick=True)
+        yield {self.out["status"]: f"Strength {strength:g}, a quick look; let go for all steps."}
 
     @_said
-    def strengthen(self, request: gr.Request, stack: Stack, *looks: Any) -> dict:
-        """The slider was let go."""
+    def strengthen(self, stack: Stack, *looks: Any) -> dict:
+        """The slider was let go. The slider itself is not written: it may have moved on."""
         *looks, strength = looks
-        if stack.chosen is None:
-            return {self.out["status"]: NO_STACK}
-        changed = stack.strengthen(stack.picked, strength)
-        return self.show(changed, *looks, str(request.session_hash), f"Strength {strength:g}.")
+        stack = self.here(stack, looks)
+        if stack.chosen is None or strength == stack.chosen.strength:
+            return {self.stack: stack}
+        shown = self.show(stack.strengthen(stack.picked, strength), looks, f"Strength {strength:g}.")
+        shown.pop(self.out["strength"])
+        return shown
 
-    def undo(self, request: gr.Request, stack: Stack, *looks: Any) -> dict:
+    @_said
+    def undo(self, stack: Stack, *looks: Any) -> dict:
         """Undo was pressed."""
-        return self.show(stack.undo(), *looks, str(request.session_hash))
+        return self.show(self.here(stack, looks).undo(), looks)
 
-    def redo(self, request: gr.Request, stack: Stack, *looks: Any) -> dict:
+    @_said
+    def redo(self, stack: Stack, *looks: Any) -> dict:
         """Redo was pressed."""
-        return self.show(stack.redo(), *looks, str(request.session_hash))
+        return self.show(self.here(stack, looks).redo(), looks)
 
-    def look(self, request: gr.Request, stack: Stack, *looks: Any) -> dict:
-        """Another prompt or seed is looked at."""
-        return self.show(stack, *looks, str(request.session_hash))
-
-    def restore(self, request: gr.Request, saved: Any, *looks: Any) -> dict:
-        """The page was loaded: the stack that this browser had, as far as its edits are still kept."""
-        stack = Stack.of(saved)
-        there = tuple(e for e in stack.entries if self.session.store.has_edit(e.edit))
-        if not there:
+    @_said
+    def restore(self, saved: Any, *looks: Any) -> dict:
+        """The page was loaded: the stack that this browser had, with its model and prompt."""
+        stack = self.kept_stack(saved)
+        if not stack.entries:
             return {self.stack: Stack()}
-        stack = replace(stack, entries=there, picked=min(stack.picked, len(there) - 1))
-        return self.show(stack, *looks, str(request.session_hash))
+        names = ("model", "prompt", "look")
+        looks = tuple(str(saved.get(n) or v) for n, v in zip(names, looks, strict=True))
+        back = dict(zip((self.form["model"], self.out["prompt"], self.out["look"]), looks, strict=True))
+        return {**back, **self.show(stack, looks)}
 
     # ---- files --------------------------------------------------------------------------------------------
 
     @_said
-    def load(self, request: gr.Request, file: str, stack: Stack, *looks: Any) -> dict:
+    def load(self, file: str, stack: Stack, *looks: Any) -> dict:
         """An edit file was given."""
-        edit = read_edit(file)
+        edit, stack = read_edit(file), self.here(stack, looks)
         title = edit_form.name_of(edit.method, edit.concepts, edit.replacements, Path(file).name)
         added = stack.add(Entry(self.session.store.keep_edit(Path(file)), title))
-        return self.show(added, *looks, str(request.session_hash), f"Loaded {Path(file).name}.")
+        return self.show(added, looks, f"Loaded {Path(file).name}.")
 
     @_said
     def save(self, request: gr.Request, stack: Stack, model: str, *_: Any) -> dict:
@@ -260,33 +298,52 @@ class _Panel(Running):
 
     # ---- grids --------------------------------------------------------------------------------------------
 
-    @_said
-    def over_seeds(self, request: gr.Request, stack: Stack, model: str, prompt: str, look: str) -> dict:
+    def over_seeds(
+        self, request: gr.Request, stack: Stack, model: str, prompt: str, look: str
+    ) -> Iterator[dict]:
         """Before and after at several seeds."""
-        first = parse_seeds(find_method("generate"), look)[0]
-        seeds = list(range(first, first + GRID_SEEDS))
-        rows = self.pictures.rows(model, [prompt], seeds, stack, str(request.session_hash))
-        return self.grid(rows, [f"seed {s}" for s in seeds])
+        yield from self.grid(request, stack, model, lambda: [prompt], look, GRID_SEEDS)
 
-    @_said
-    def over_neighbours(self, request: gr.Request, stack: Stack, *looks: Any) -> dict:
+    def over_neighbours(self, request: gr.Request, stack: Stack, *looks: Any) -> Iterator[dict]:
         """Before and after of other prompts."""
         model, _, look, neighbours = looks
-        prompts = widgets.split_lines(neighbours)
-        if not 0 < len(prompts) <= 24:
-            raise RequestError("Type neighbours first, one prompt a line, at most 24.")
-        seed = parse_seeds(find_method("generate"), look)[0]
-        rows = self.pictures.rows(model, prompts, [seed], stack, str(request.session_hash))
-        return self.grid(rows, prompts)
 
-    def grid(self, rows: tuple[list, list], labels: list[str]) -> dict:
-        """A row of images before, and below it the row after."""
-        pictures = [
-            (image, f"{label}, {when}")
-            for images, when in zip(rows, PICTURES, strict=True)
-            for image, label in zip(images, labels, strict=True)
-        ]
-        return {self.out["grid"]: gr.Gallery(value=pictures, visible=True, columns=min(len(labels), 8))}
+        def prompts() -> list[str]:
+            lines = widgets.split_lines(neighbours)
+            if not 0 < len(lines) <= MOST_NEIGHBOURS:
+                raise RequestError(f"Type neighbours first, one prompt a line, at most {MOST_NEIGHBOURS}.")
+            return lines
+
+        yield from self.grid(request, stack, model, prompts, look, 1)
+
+    def grid(
+        self, request: gr.Request, stack: Stack, model: str, prompts: Callable, look: str, seeds: int
+    ) -> Iterator[dict]:
+        """Pairs of images, before beside after; Stop ends it."""
+        out, stop = self.out, self.form["stop"]
+        try:
+            first, texts = parse_seeds(find_method("generate"), look)[0], prompts()
+            numbers = list(range(first, first + seeds))
+            labels = [p if seeds == 1 else f"seed {s}" for p in texts for s in numbers]
+            user = str(request.session_hash)
+            for found in self.pictures.rows(model, texts, numbers, stack, user):
+                if isinstance(found, tuple):
+                    images = [
+                        (image, f"{label}, {when}")
+                        for label, *pair in zip(labels, *found, strict=True)
+                        for image, when in zip(pair, PICTURES, strict=True)
+                    ]
+                    yield {
+                        out["grid"]: gr.Gallery(value=images, visible=True, columns=4),
+                        out["status"]: "Done.",
+                    }
+                else:
+                    line = widgets.status(found, self.session.queue.position(found))
+                    here = {"job": found.id, "token": found.token}
+                    yield {out["status"]: line, self.client: here, stop: gr.Button(interactive=True)}
+        except Exception as error:
+            yield {out["status"]: widgets.spoken(error)}
+        yield {stop: gr.Button(interactive=False)}
 
     # ---- layers -------------------------------------------------------------------------------------------
 
@@ -308,16 +365,15 @@ class _Panel(Running):
         }
 
     @_said
-    def take_over(self, request: gr.Request, event: gr.EventData, stack: Stack, *looks: Any) -> dict:
+    def take_over(self, event: gr.EventData, stack: Stack, *looks: Any) -> dict:
         """Another panel hands over what it found: layers to edit in, or an edit for the stack."""
         names = ("model", "prompt", "concept", "replacement", "layers", "edit", "title")
-        told = {n: str(getattr(event, n, None) or "")[:20_000] for n in names}
+        told, stack = {n: str(getattr(event, n, None) or "")[:20_000] for n in names}, self.here(stack, looks)
         here = {self.form["model"]: told["model"], self.out["prompt"]: told["prompt"]}
         if told["edit"]:
             self.session.store.edit_file(told["edit"])  # refuses what is not kept
             added = stack.add(Entry(told["edit"], told["title"][:300]))
-            shown = self.show(added, told["model"], told["prompt"], looks[2], str(request.session_hash))
-            return {**shown, **here}
+            return {**self.show(added, (told["model"], told["prompt"], looks[2])), **here}
         layers = {self.form[n]: told[n] for n in ("concept", "replacement", "layers")}
         note = "Layers are taken over. Check concept and replacement, then press Make edit."
         return {**here, **layers, self.form["method"]: "locoedit", self.out["status"]: note}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import gradio as gr
@@ -120,7 +121,7 @@ def _grids(out: dict[str, Any]) -> None:
         visible=False,
         height="auto",
         object_fit="contain",
-        label="Before, and below it after",
+        label="Before, and beside it after",
         elem_id="edit-grid",
         elem_classes="whole",
     )
@@ -129,7 +130,7 @@ def _grids(out: dict[str, Any]) -> None:
 def slider(chosen: Entry | None) -> Any:
     """The slider's update for the chosen edit; its range grows with a strength outside."""
     if chosen is None:
-        return gr.update(interactive=False, label="Strength of the chosen edit")
+        return gr.update(interactive=False, value=1.0, label="Strength of the chosen edit")
     return gr.update(
         interactive=True,
         value=chosen.strength,
@@ -173,14 +174,14 @@ def finding(run: Run) -> str:
 def chosen_layers(text: str, n: int, names: tuple[str, ...]) -> set[int]:
     """Numbers of the layers that the field names (none for auto or an empty field)."""
     found: set[int] = set()
-    for part in (p.strip() for p in text.split(",")):
-        first, _, last = part.partition("-")
+    for part in (p.strip() for p in text[:2000].split(",")):
+        span = re.fullmatch(r"(\d{1,4})(?:\s*-\s*(\d{1,4}))?", part)
         if part in names:
             found.add(names.index(part))
         elif part == "all":
             found |= set(range(n))
-        elif first.strip().isdecimal() and (last.strip() or first.strip()).isdecimal():
-            found |= set(range(int(first), int(last or first) + 1)) & set(range(n))
+        elif span:
+            found |= set(range(int(span[1]), min(n, int(span[2] or span[1]) + 1)))
         elif part not in ("", "auto"):
             raise RequestError(f"{part[:60]!r} is no layer; layers are numbered 0 to {n - 1}.")
     return found

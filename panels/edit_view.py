@@ -5,20 +5,22 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 import numpy as np
 
 from panels.edit_stack import Stack
-from studio.errors import Cancelled, RequestError
+from panels.widgets import follow
+from studio.jobs import Job
 from studio.models.catalog import ASSETS
 from studio.session import Session
 from studio.types import Recipe
 
 QUICK_STEPS = 5  # while the slider is dragged
 NO_STACK = "No edits yet. Say what becomes what and press Make edit, or load an edit file."
-_KEPT = 128  # images
+_KEPT_BYTES = 64 * 2**20
 
 
 class StackList(gr.HTML):
@@ -60,7 +62,7 @@ class Takeover(gr.HTML):
 
 
 class Pictures:
-    """Images of prompts under stacks of edits, made by the session and kept for a while."""
+    """Images of prompts under stacks of edits, made by the session and kept while there is room."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -75,8 +77,10 @@ class Pictures:
     def pair(
         self, model: str, prompt: str, seed: int, stack: Stack, user: str, *, quick: bool = False
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(before, after) of one prompt and seed; `quick`: with few steps."""
-        (before,), (after,) = self.rows(model, [prompt], [seed], stack, user, quick=quick)
+        """(before, after) of one prompt and seed; `quick`: with few steps. Waits until both are there."""
+        for found in self.rows(model, [prompt], [seed], stack, user, quick=quick):
+            if not isinstance(found, Job):
+                (before,), (after,) = found
         return before, after
 
     def rows(
@@ -88,35 +92,36 @@ class Pictures:
         user: str,
         *,
         quick: bool = False,
-    ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-        """Images before and after, of every prompt at every seed."""
-        steps = QUICK_STEPS if quick else None
-        return tuple(
-            self._images(model, prompts, seeds, steps, edits, user) for edits in ((), self.entries(stack))
-        )
+    ) -> Iterator[Job | tuple[list[np.ndarray], list[np.ndarray]]]:
+        """Yields the jobs under way again and again, then images before and after, of every prompt at every
+        seed. Raises what a job raised."""
+        made = []
+        for edits in ((), self.entries(stack)):
+            wanted = [(model, p, s, quick, edits) for p in prompts for s in seeds]
+            if (found := self._known(wanted)) is None:
+                params = {"steps": QUICK_STEPS} if quick else {}
+                recipe = Recipe("generate", model, {"prompt": prompts}, params, tuple(seeds), edits)
+                job = self.session.submit(recipe, user=user, save=False)
+                yield from follow(job)
+                self.session.queue.forget(job)
+                if job.error:
+                    raise job.error
+                images = job.run.result.arrays["images"].values
+                found = [image for row in images for image in row]
+                self._keep(wanted, found)
+            made.append(found)
+        yield made[0], made[1]
 
-    def _images(
-        self,
-        model: str,
-        prompts: list[str],
-        seeds: list[int],
-        steps: int | None,
-        edits: tuple[str, ...],
-        user: str,
-    ) -> list[np.ndarray]:
-        wanted = [(model, p, s, steps, edits) for p in prompts for s in seeds]
+    def _known(self, wanted: list[tuple]) -> list[np.ndarray] | None:
         with self._lock:
-            if all(key in self._kept for key in wanted):
-                return [self._kept[key] for key in wanted]
-        recipe = Recipe("generate", model, {"prompt": prompts}, {"steps": steps}, tuple(seeds), edits)
-        try:
-            run = self.session.run(recipe, user=user, save=False)
-        except Cancelled as error:
-            raise RequestError("Stopped.") from error
-        made = run.result.arrays["images"].values
-        found = [image for row in made for image in row]
+            if not all(key in self._kept for key in wanted):
+                return None
+            for key in wanted:
+                self._kept.move_to_end(key)
+            return [self._kept[key] for key in wanted]
+
+    def _keep(self, wanted: list[tuple], found: list[np.ndarray]) -> None:
         with self._lock:
             self._kept |= dict(zip(wanted, found, strict=True))
-            while len(self._kept) > _KEPT:
+            while len(self._kept) > 1 and sum(im.nbytes for im in self._kept.values()) > _KEPT_BYTES:
                 self._kept.popitem(last=False)
-        return found

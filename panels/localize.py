@@ -228,7 +228,7 @@ class _Panel(Running):
         images = images_of(recipe, result, col, seed)
         if ranked and kept.get("run"):
             try:
-                entry = self.ablation(kept, col, ratio)
+                entry = self.ablation(kept, col, ratio, user)
             except RequestError as error:
                 text += f"\n{error}"
             else:
@@ -240,7 +240,7 @@ class _Panel(Running):
             out["text"]: text,
             out["seed"]: gr.update(choices=seeds, value=seed, visible=len(seeds) > 1),
             out["ratio"]: gr.update(visible=ranked),
-            out["edit"]: gr.update(visible=recipe.method != "neurons" or self.made(kept)),
+            out["edit"]: gr.update(visible=recipe.method == "localize" or self.made(kept)),
             **widgets.shown_pictures(out, {**hidden, **images}, COMPARED[recipe.method]),
         }
 
@@ -248,20 +248,21 @@ class _Panel(Running):
         """Whether the run on screen made an edit."""
         return bool(kept.get("run")) and (self.session.store.path(str(kept["run"])) / EDIT_FILE).is_file()
 
-    def ablation(self, kept: dict, col: int, ratio: float) -> Entry:
+    def ablation(self, kept: dict, col: int, ratio: float, user: str) -> Entry:
         """The edit that zeroes a share of the weights of a bar's component, kept in the store."""
         run = self.session.store.load(str(kept["run"]))
         name = bar_name(run.recipe, run.result, col)
         model = run.recipe.model
-        edit = self.session.call(model, lambda m: ranked_edit(m, run, ratio / 100, name))
+        edit = self.session.call(model, lambda m: ranked_edit(m, run, ratio / 100, name), user=user)
         with tempfile.TemporaryDirectory(prefix="locus-edit-") as folder:
             file = Path(folder) / EDIT_FILE
             write_edit(edit, file)
             digest = self.session.store.keep_edit(file)
         return Entry(digest, f"{run.recipe.inputs['concept']}: {name} at {ratio:g} % (ablation)")
 
-    def edit_here(self, kept: dict | None, ratio: float) -> str:
+    def edit_here(self, request: gr.Request, kept: dict | None, ratio: float) -> str:
         """What the Edit panel takes over, as JSON: layers to edit in, or an edit for its stack."""
+        user = str(request.session_hash)
         recipe, result = self.measured(kept)
         col = kept.get("cell")
         if not isinstance(col, int):
@@ -269,7 +270,7 @@ class _Panel(Running):
         if recipe.method == "localize":
             return told_layers(recipe, result, col)
         if recipe.method == "attribute":
-            entry = self.ablation(kept, col, ratio)
+            entry = self.ablation(kept, col, ratio, user)
         else:
             file = self.session.store.path(str(kept["run"])) / EDIT_FILE
             entry = Entry(self.session.store.keep_edit(file), f"neurons of {recipe.inputs['concept']}")

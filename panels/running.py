@@ -59,8 +59,9 @@ class Running:
         """Outputs other than the export buttons."""
         return [c for name, c in self.out.items() if name != "export"]
 
-    def wire_run(self, *also: Any) -> Any:
-        """Connects Run (and the submit events `also`), Stop, loading and leaving; returns Run's event."""
+    def wire_run(self, *also: Any) -> tuple[Any, Any]:
+        """Connects Run (and the submit events `also`), Stop, loading and leaving; returns the events after
+        which a run may have ended: Run and loading."""
         form, out = self.form, self.out
         buttons = out["export"].values() if "export" in out else ()
         shown = [self.state, self.client, form["run"], form["stop"], *self.fields, *buttons]
@@ -68,9 +69,9 @@ class Running:
         started = gr.on([form["run"].click, *also], self.start, set(self.named), **runs)
         form["stop"].click(self.stop, self.client, out["status"], **QUIET)
         page = gr.context.Context.root_block
-        page.load(self.again, self.client, **runs)
+        loaded = page.load(self.again, self.client, **runs)
         page.unload(_leaver(self.viewers))
-        return started
+        return started, loaded
 
     # ---- handlers -----------------------------------------------------------------------------------------
 
@@ -79,8 +80,8 @@ class Running:
         given = {self.named[c]: v for c, v in values.items() if c in self.named}
         try:
             job = self.session.submit(self.recipe(given), user=str(request.session_hash))
-        except RequestError as error:
-            yield {self.out["status"]: str(error)}
+        except Exception as error:
+            yield {self.out["status"]: widgets.spoken(error)}
             return
         self.viewers.watch(str(request.session_hash), job)
         yield {

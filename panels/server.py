@@ -20,6 +20,7 @@ from studio.session import Session
 from studio.types import Recipe
 
 BODY_LIMIT = 32 * 2**20
+UPLOAD_LIMIT = 2 * 2**30  # an edit file of all cross-attention layers of SDXL
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' "
     "'unsafe-inline'; "
@@ -87,8 +88,10 @@ async def _guard(request: Any, call_next: Any) -> Any:
     """Refuses what is too large or comes from another site; sets the headers of every other answer."""
     from fastapi.responses import PlainTextResponse
 
-    length = request.headers.get("content-length", "0")
-    if request.method in ("POST", "PUT", "PATCH") and (not length.isdecimal() or int(length) > BODY_LIMIT):
+    headers = request.headers
+    length = headers.get("content-length", "" if "transfer-encoding" in headers else "0")
+    most = UPLOAD_LIMIT if request.url.path.endswith("/upload") else BODY_LIMIT
+    if request.method in ("POST", "PUT", "PATCH") and (not length.isdecimal() or int(length) > most):
         return PlainTextResponse("The request is larger than this studio takes.", 413)
     origin, reads = request.headers.get("origin"), request.method in ("GET", "HEAD", "OPTIONS")
     if origin and not reads and origin.split("//")[-1] != request.headers.get("host"):
@@ -116,7 +119,7 @@ def _with_page(app: Any, session: Session, auth: tuple[str, str] | None) -> Any:
         auth=auth,
         run_history=False,
         ssr_mode=False,
-        max_file_size="20mb",
+        max_file_size=UPLOAD_LIMIT,
         enable_monitoring=False,
         theme=theme,
         css=css,

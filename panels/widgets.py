@@ -4,6 +4,7 @@ as sentences."""
 from __future__ import annotations
 
 import io
+import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import gradio as gr
 
-from studio.errors import RequestError, StudioError
+from studio.errors import Cancelled, StudioError
 from studio.figures import to_bytes
 from studio.jobs import Job
 from studio.models.catalog import CATALOG
@@ -21,6 +22,7 @@ from studio.registry import REQUIRED, Method, base_type, find_method, hints
 from studio.store import export
 from studio.types import Recipe, Result, Run
 
+_log = logging.getLogger("locus")
 GRACE = 10.0  # seconds that a job outlives its page, so that a reload can take it up again
 
 
@@ -238,6 +240,15 @@ def sentence(error: BaseException | None) -> str:
     )
 
 
+def spoken(error: Exception) -> str:
+    """What a person is told of an error in a handler; one that is ours goes to the log with its traceback."""
+    if isinstance(error, Cancelled):
+        return "Stopped."
+    if not isinstance(error, StudioError):
+        _log.exception("a handler failed", exc_info=error)
+    return sentence(error)
+
+
 def follow(job: Job) -> Iterator[Job]:
     """Yields the job at its start, after changes (at most eight times a second), and once when it is over."""
     seen = job.version
@@ -304,8 +315,8 @@ def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return handler(*args, **kwargs)
-        except RequestError as error:
-            raise gr.Error(str(error), print_exception=False) from error
+        except Exception as error:
+            raise gr.Error(spoken(error), print_exception=False) from error
 
     return run
 

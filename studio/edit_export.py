@@ -32,7 +32,10 @@ def export_edits(
 
 def composed(model: Any, active: Sequence[Active]) -> Edit:
     """Active edits at their strengths as one edit, which is no closed form any more (method "stack")."""
-    parts = [{"method": a.edit.method, "strength": a.strength, **a.edit.params} for a in active]
+    own = [a.strength * a.edit.params.get("strength", 1.0) for a in active]
+    parts = [
+        {**a.edit.params, "method": a.edit.method, "strength": s} for a, s in zip(active, own, strict=True)
+    ]
     deltas = {n: d.float().cpu().numpy() for n, d in compose(model, active).items()}
     concepts = tuple(c for a in active for c in a.edit.concepts)
     others = tuple(r for a in active for r in a.edit.replacements)

@@ -165,6 +165,11 @@ class JobQueue:
             else None
         )
 
+    def forget(self, job: Job) -> None:
+        """A finished job whose result nobody will ask for again leaves memory."""
+        with self._lock:
+            self._recent.pop(job.id, None)
+
     def position(self, job: Job) -> int:
         """How many jobs come before this one, the running one included; 0 when it runs or is over."""
         with self._lock:

@@ -120,6 +120,7 @@ class Session:
         job = self.queue.submit(Recipe("", model), user, call=what)
         while not job.over:
             job.wait(job.version, 0.5)
+        self.queue.forget(job)
         if job.error:
             raise job.error
         return job.run

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import zipfile
@@ -84,8 +85,11 @@ class Store:
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if not (target := self._edits / f"{digest}.safetensors").exists():
             target.parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):
+            try:
                 copy_file(file, target)
+            except StudioError:
+                if not target.exists():
+                    raise
         return digest
 
     def edit_file(self, digest: str) -> Path:
@@ -174,7 +178,7 @@ def check_free_file(given: str, option: str, suffix: str) -> Path:
 
 def copy_file(source: Path, target: Path) -> None:
     """A copy of one file of a run, whole or not at all; StudioError when it can't be had."""
-    beside = target.parent / f"{_HIDDEN}{os.getpid()}-{target.name[:50]}"
+    beside = target.parent / f"{_HIDDEN}{os.getpid()}-{secrets.token_hex(4)}-{target.name[:50]}"
     try:
         shutil.copyfile(source, beside)
         if os.path.lexists(target):

@@ -22,6 +22,7 @@ function draw() {
     root.append(hint);
     return;
   }
+  cur = Math.min(cur, d.labels.length - 1);
   const N = d.labels.length, left = 52, right = d.lines.length ? 118 : 12, room = Math.max(280, element.clientWidth || 600) - left - right;
   const w = Math.max(14, Math.min(56, room / N)), tall = 200, top = 12, deep = 14 + 5.2 * Math.max(...d.labels.map(s => Math.min(s.length, 30)));
   const W = left + N * w + right, H = top + tall + deep;

@@ -32,6 +32,7 @@ function draw() {
     root.append(hint);
     return;
   }
+  cur = [Math.min(cur[0], d.rows.length - 1), Math.min(cur[1], d.cols.length - 1)];
   const R = d.rows.length, C = d.cols.length, left = 8 + 6.4 * Math.max(...d.rows.map(s => Math.min(s.length, 26)));
   const room = Math.max(280, element.clientWidth || 600) - left - 14;
   const w = Math.max(C > 60 ? 9 : 19, Math.min(64, room / C)), h = R > 40 ? 13 : R > 16 ? 18 : 30;

@@ -14,8 +14,8 @@ import numpy as np
 from studio.measure import nested_bootstrap
 from studio.methods import locogen
 from studio.methods.direct_effect import Search, mean_known, windows
-from studio.methods.text_to_image import Bench
-from studio.types import Axis, Result, Trace
+from studio.methods.text_to_image import Bench, Inner
+from studio.types import Axis, Trace
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,24 +57,11 @@ class LayerMap:
         return {n: Trace(np.asarray(v, np.float32), axes, unit) for n, (v, axes, unit) in found.items()}
 
 
-@dataclass(frozen=True)
-class _Inner:
-    """A report without partial results: those of a part are not those of the whole."""
-
-    report: Any
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.report, name)
-
-    def partial(self, result: Result) -> None:
-        """Kept back."""
-
-
 def layer_map(
     bench: Bench, prompts: Sequence[str], replaced: Sequence[str], seeds: tuple[int, ...]
 ) -> LayerMap:
     """The map of a concept over pairs of prompts, with it and without."""
-    bench = replace(bench, report=_Inner(bench.report))
+    bench = replace(bench, report=Inner(bench.report))
     found = [_search(bench, *pair, seeds) for pair in zip(prompts, replaced, strict=True)]
     first, sign = found[0], np.sign(sum(s.total() for s in found)) or 1.0
     swaps, decoys = (windows(first.depth, first.width, text) for text in (1, 2))

@@ -15,7 +15,7 @@ import numpy as np
 from studio.errors import RequestError
 from studio.measure import nested_bootstrap, ratio_of_means, standard_error
 from studio.methods.direct_effect import CLEAN, TRUSTED, Search, mean_known, windows
-from studio.methods.text_to_image import Bench, SamplingParams, ScoreParams, warn_lost_tokens
+from studio.methods.text_to_image import Bench, Inner, SamplingParams, ScoreParams, warn_lost_tokens
 from studio.registry import REQUIRED, knob, method
 from studio.types import Axis, Figure, Report, Result, Run, Trace
 
@@ -205,6 +205,7 @@ def best_layers(
     `sampling` has steps, guidance and scheduler. Scores are the contrast of the prompt with its replacement,
     or the pixel distance without a scorer.
     """
+    report = Inner(report)  # these partial results are not those of the method that asks
     totals, found, search = 0.0, 0.0, None
     for prompt, other in zip(prompts, replacements, strict=True):
         params = Params(

@@ -13,7 +13,7 @@ from studio.errors import RequestError
 from studio.measure import METRICS, Question, score
 from studio.models.catalog import SCHEDULERS
 from studio.registry import REQUIRED, knob
-from studio.types import Axis, Patch, Report, Site, Trace
+from studio.types import Axis, Patch, Report, Result, Site, Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,3 +237,16 @@ def image_trace(images: np.ndarray, *axes: Axis) -> Trace:
 def image_name(*parts: object) -> str:
     """A file name without surprises from labels."""
     return "-".join("".join(c if c.isalnum() or c in "._" else "_" for c in str(p))[:120] for p in parts)
+
+
+@dataclass(frozen=True)
+class Inner:
+    """A report without partial results: those of a part are not those of the whole."""
+
+    report: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.report, name)
+
+    def partial(self, result: Result) -> None:
+        """Kept back."""
