@@ -25,6 +25,12 @@ from tests.test_edits import KEY, TEXT, delta, weights_hash
 NEAR = ["a red moon", "a house"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    """Small matrices gain nothing from more, and lose much where cores are shared."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random CLIP's folder."""
@@ -117,7 +123,7 @@ def test_an_edit_that_does_nothing(session: Any, tmp_path: Path) -> None:
     values, arrays = run.result.values, run.result.arrays
     assert values["efficacy"] == values["leak"] == values["unrelated"] == values["pixels_concept"] == 0
     assert (arrays["efficacy"].values == 0).all() and (arrays["score_change"].values == 0).all()
-    assert values["verdict"].startswith("Fails and leaves neighbours alone")
+    assert values["verdict"].startswith("Fails but leaves neighbours alone")
     assert "The edit changes no pixel of any image." in values["warnings"]
 
 
@@ -161,7 +167,7 @@ def test_images_after_are_those_of_generate(session: Any, tmp_path: Path) -> Non
 def test_spreads_are_means_over_prompts() -> None:
     values = np.array([[1.0, 3.0], [5.0, 7.0], [np.nan, 1.0]])
     spread = Spread.of(values)
-    assert spread.mean == 4 and 2 <= spread.low < 4 < spread.high <= 6
+    assert spread.mean == 4 and 1 <= spread.low < 4 < spread.high <= 7
     half = spread.by(8)
     assert (half.mean, half.low) == (0.5, spread.low / 8) and not spread.by(float("nan")).known
     assert not Spread.of(np.full((1, 2), np.nan)).known and not spread.by(0).known
@@ -202,7 +208,7 @@ LEADS = {
     "Works but leaks:": ((0.9, 0.8, 1.0), (0.5, 0.4, 0.6)),
     "Works in part and stays local:": ((0.4, 0.3, 0.5), (0.05, 0.0, 0.1)),
     "Fails and leaks:": ((0.1, 0.0, 0.15), (0.5, 0.4, 0.6)),
-    "Fails and leaves neighbours alone:": ((0.1, 0.0, 0.15), (0.0, 0.0, 0.0)),
+    "Fails but leaves neighbours alone:": ((0.1, 0.0, 0.15), (0.0, 0.0, 0.0)),
     "Works and stays local (not certain at 95 %):": ((0.9, 0.2, 1.0), (0.05, 0.0, 0.1)),
     "Works but leaks (not certain": ((0.9, 0.8, 1.0), (0.3, -0.1, 0.6)),
 }
@@ -295,7 +301,14 @@ def test_two_scorers_on_atlas(session: Any, atlas: Any, tmp_path: Path) -> None:
 def test_the_store_answers_only_the_same_question(session: Any, clip: Path, tmp_path: Path) -> None:
     model = layouts.model("sd1")
     file = edit_of(model, tmp_path / "e.safetensors", KEY)
-    kept = {"save": True, "fresh": False, "seeds": (9,), "templates": ["{}"], "paraphrases": ["a {}"]}
+    kept = {
+        "save": True,
+        "fresh": False,
+        "seeds": (9,),
+        "steps": 1,
+        "templates": ["{}"],
+        "paraphrases": ["a {}"],
+    }
     first = audited(session, file, **kept)
     assert audited(session, file, **kept).id == first.id
     others = [

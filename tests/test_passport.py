@@ -25,7 +25,7 @@ from tests.test_edits import weights_hash
 
 NEAR = ["a red moon"]
 GIVEN = {
-    "steps": 1,
+    "steps": 2,
     "guidance": 3.0,
     "metric": "distance",
     "second_scorer": "none",
@@ -43,6 +43,12 @@ def passed(session: Any, seeds: Any = (0,), folder: Any = None, **given: Any) ->
     options = {n: given.pop(n) for n in ("report",) if n in given}
     recipe = Recipe("passport", str(folder or layouts.saved("sd1")), inputs, {**GIVEN, **given}, seeds)
     return session.run(recipe, save=False, fresh=True, **options)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> None:
+    """Small matrices gain nothing from more, and lose much where cores are shared."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +124,6 @@ def test_own_norms_are_not_scaled(session: Any) -> None:
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_fisher_scores_equal_the_naive_reference(guidance: float) -> None:
-    torch.set_num_threads(1)
     model = layouts.model("sd1")
     layers = [str(s.layer) for s in model.unet_sites(["cross-attention"])]
     report = SimpleNamespace(rows=4, plan=lambda *a: None, step=lambda n=1: None)

@@ -147,7 +147,8 @@ def passport(
     second_scorer: Any = None,
 ) -> Result:
     """`direct_effect`, `placebo` (window); `efficacy`, `leak`, `success` (set), the windows first; `layers`
-    (set, layer), `fisher`, `magnitude` (layer); the edit at the window where it worked best."""
+    (set, layer), `fisher`, `magnitude` (layer); the edit at the window where it worked best,
+    or the map's where that is not known."""
     warn_spelled(model, (inputs.concept,), report)
     seen_by = witnesses(params, scorer, second_scorer, model, report)
     work = _Passport(model, inputs, params, seeds, report, seen_by)
@@ -289,7 +290,7 @@ class _Passport:
                 for end, tail in (("mean", ""), ("low", "_low"), ("high", "_high")):
                     arrays[f"{prefix}{name}{tail}"] = Trace(self._column(w, which, end), (sets,), unit)
         best = self.best()
-        return Result(arrays, self._values(best), dict(self.images), self.edits.get(best))
+        return Result(arrays, self._values(best), dict(self.images), self.edits[best or self.map.best])
 
     def best(self) -> str | None:
         """The window where the edit works best by the first scorer."""
