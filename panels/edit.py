@@ -17,7 +17,7 @@ from panels.edit_audit import Audit
 from panels.edit_form import PICTURES, layer_map
 from panels.edit_stack import Entry, Stack
 from panels.edit_view import NO_STACK, Pictures
-from panels.running import QUIET, Running
+from panels.running import QUIET, STREAM, Running
 from studio.edit_export import composed, export_edits
 from studio.edit_files import read_edit
 from studio.errors import RequestError
@@ -106,13 +106,13 @@ class _Panel(Running):
         self.then_look(out["redo"].click(self.redo, here, self.changed, **often))
         self.then_look(out["load"].upload(self.load, [out["load"], *here], self.changed, **QUIET))
         moved = [*here, out["strength"]]
-        quick = dict(trigger_mode="always_last", **QUIET)
+        quick = dict(trigger_mode="always_last", **STREAM)
         out["strength"].input(self.slide, [*self.looks, out["strength"]], self.seen, **quick)
         self.then_look(out["strength"].release(self.strengthen, moved, self.changed, **often))
         gr.on([out["prompt"].submit, out["look"].submit], self.picture, self.looks, self.seen, **quick)
         for name in ("save", "lora"):
             out[name].click(getattr(self, name), self.looks, [out["file"], out["status"]], **QUIET)
-        grids = dict(outputs=[out["grid"], out["status"], self.client, form["stop"]], **QUIET)
+        grids = dict(outputs=[out["grid"], out["status"], self.client, form["stop"]], **STREAM)
         out["over_seeds"].click(self.over_seeds, self.looks, **grids)
         out["over_neighbours"].click(self.over_neighbours, [*self.looks, out["neighbours"]], **grids)
         layers = [form["layers"], form["map"], out["status"]]
@@ -128,7 +128,7 @@ class _Panel(Running):
 
     def then_look(self, event: Any) -> None:
         """After an event that changed the stack: its images."""
-        event.then(self.look_again, self.looks, self.seen, trigger_mode="always_last", **QUIET)
+        event.then(self.look_again, self.looks, self.seen, trigger_mode="always_last", **STREAM)
 
     def look_again(self, request: gr.Request, stack: Stack, *looks: Any) -> Iterator[dict]:
         """The images of a stack that has something to show."""

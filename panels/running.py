@@ -17,6 +17,9 @@ from studio.session import Session
 from studio.types import Recipe, Result
 
 QUIET = dict(queue=False, show_progress="hidden", api_visibility="private")
+STREAM = dict(
+    concurrency_limit=None, show_progress="hidden", api_visibility="private"
+)  # generators must queue
 
 
 class Running:
@@ -65,7 +68,7 @@ class Running:
         form, out = self.form, self.out
         buttons = out["export"].values() if "export" in out else ()
         shown = [self.state, self.client, form["run"], form["stop"], *self.fields, *buttons]
-        runs = dict(outputs=shown, concurrency_limit=None, show_progress="hidden", api_visibility="private")
+        runs = dict(outputs=shown, **STREAM)
         started = gr.on([form["run"].click, *also], self.start, set(self.named), **runs)
         form["stop"].click(self.stop, self.client, out["status"], **QUIET)
         page = gr.context.Context.root_block

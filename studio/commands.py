@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -151,12 +152,69 @@ def export_edit(argv: list[str]) -> int:
     return 0
 
 
+def bench(argv: list[str]) -> int:
+    """bench: measures the figures that Locus states, and writes them as one JSON file"""
+    from studio.planted import Settings
+
+    sizes = {f.name: (str, "INT", _SIZES[f.name], str(f.default)) for f in dataclasses.fields(Settings)}
+    options = {
+        "out": (str, "FILE", "required: the JSON file; must not exist", ""),
+        "only": (tuple, "NAME", "only these benchmarks", ""),
+        "planted": (bool, "", "methods on models where it is known what is planted", ""),
+        **sizes,
+        **{k: (str, *COMMON[k], "") for k in ("models", "device", "dtype", "threads", "batch")},
+        "json": (bool, "", "print the file's content too", ""),
+    }
+    given = parse_options("bench", "Benchmarks; ratios are measured in one run.", options, argv)
+    from studio.bench import chosen, run_bench
+    from studio.store import check_free_file
+
+    if "out" not in given:
+        raise RequestError("Where to? `locus bench --planted --out FILE.json`.")
+    entries = chosen(["planted"] * given["planted"], given.get("only", ()))
+    asked = {f: _count(f, given[f]) for f in sizes if f in given}
+    out = check_free_file(given["out"], "--out", ".json")
+    with contextlib.closing(new_session(given)) as session:
+        settings = {"planted-truth": Settings(**asked)}
+        record = run_bench(session, entries, settings, out, lambda s: print(s, file=sys.stderr, flush=True))
+    if given["json"]:
+        print(json.dumps(record, indent=1, ensure_ascii=False))
+    else:
+        for row in record["results"]:
+            value = "none" if row["value"] is None else f"{row['value']:.3g}"
+            print(f"{row['name']:<48} {value:>6} {row['unit']}  ({row['how']})")
+    return 0
+
+
+_SIZES = {
+    "plants": "planted: valid plants in one layer to ask about",
+    "pairs": "planted: valid plants in two layers to ask about",
+    "unplanted": "planted: models with decoys alone",
+    "seeds": "planted: images of each question",
+    "steps": "planted: denoising steps of each image",
+    "teach": "planted: gradient steps for plants whose closed form is too weak; each costs about 20 forwards",
+    "placebos": "planted: names without meaning that component attribution is set against",
+    "seed": "planted: of everything drawn at random",
+}
+_LEAST = {"seeds": 1, "steps": 1}
+_MOST = {"seed": 2**31, "placebos": 9, "seeds": 64, "steps": 1000}
+
+
+def _count(option: str, text: str) -> int:
+    """A whole number within the option's bounds."""
+    low, high = _LEAST.get(option, 0), _MOST.get(option, 10_000)
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise RequestError(f"--{option} must be a whole number from {low} to {high}, not {text[:40]!r}.")
+    return int(text)
+
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": serve,
     "models": models,
     "doctor": doctor,
     "replay": replay,
     "export-edit": export_edit,
+    "bench": bench,
 }
 
 

@@ -30,7 +30,7 @@ LEVELS = {
         ),
         5,
     ),
-    **dict.fromkeys(("studio", "studio.bench"), 6),
+    **dict.fromkeys(("studio", "studio.bench", "studio.planted"), 6),
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.options", "launch"), 8),
 }

@@ -104,6 +104,10 @@ class Plant:
         mine = [d.dense() for n, d in self.deltas.items() if n.startswith(f"unet.{layer}.")]
         return float(torch.stack([m.square().sum() for m in mine]).sum().sqrt())
 
+    def size(self) -> float:
+        """The mean norm of its layers."""
+        return float(np.mean([self.norm(layer) for layer in self.layers]))
+
     def scaled(self, factor: float) -> Plant:
         """The same with all deltas times a factor."""
         return replace(self, deltas={n: LowRank(d.left * factor, d.right) for n, d in self.deltas.items()})
@@ -190,13 +194,10 @@ class Garden:
         made = Plant(lesson, tuple(layers), deltas)
         return self._taught(made, steps) if steps else made
 
-    def decoys(self, plant: Plant, names: Sequence[str], rng: np.random.Generator) -> list[Plant]:
-        """One plant of another name in each other layer, of the same norm as the plant's own layers have on
-        average."""
-        size = float(np.mean([plant.norm(layer) for layer in plant.layers]))
-        others = [layer for layer in self.layers if layer not in plant.layers]
+    def decoys(self, layers: Sequence[str], size: float, names: Sequence[str], rng: Any) -> list[Plant]:
+        """One plant of another name in each of the layers, of norm `size`."""
         out = []
-        for layer, name in zip(others, names, strict=False):
+        for layer, name in zip(layers, names, strict=True):
             attribute = str(rng.choice(list(FORMS)))
             value = str(rng.choice(ATTRIBUTES[attribute]))
             decoy = self.plant(Lesson(name, (attribute,), (value,)), [layer])
@@ -296,3 +297,8 @@ class Garden:
 def place(attribute: str, value: str) -> tuple[int, int]:
     """Where a value stands among the judge's readings: (attribute, value)."""
     return list(ATTRIBUTES).index(attribute), ATTRIBUTES[attribute].index(value)
+
+
+def draws(seed: int) -> np.random.Generator:
+    """What an experiment of that seed draws from."""
+    return np.random.default_rng(seed)
