@@ -171,7 +171,7 @@ def verdict(concept: str, findings: Sequence[Finding]) -> str:
             "it, so take another --replacement, --scorer or more seeds."
         )
     least = min((f.efficacy for f in known), key=lambda s: s.mean)
-    most = max((f.leak for f in known if f.leak.known), key=lambda s: s.mean, default=Spread())
+    most = max((f.leak for f in known if f.leak.known), key=lambda s: abs(s.mean), default=Spread())
     said = f"{_lead(least, most)}: of what its replacement would take from its score, “{concept}” loses "
     said += "; ".join(_shares(f) for f in known)
     return said + "."
@@ -188,11 +188,12 @@ def _lead(efficacy: Spread, leak: Spread) -> str:
     reach = efficacy.mean
     words = "Works" if reach >= WORKS else "Works in part" if reach >= HARDLY else "Fails"
     if leak.known:
-        leaks, kept = leak.mean > LEAKS, "stays local" if reach >= HARDLY else "leaves neighbours alone"
+        leaks, kept = abs(leak.mean) > LEAKS, "stays local" if reach >= HARDLY else "leaves neighbours alone"
         words += f" {'and' if leaks == (reach < HARDLY) else 'but'} {'leaks' if leaks else kept}"
     bound = WORKS if reach >= WORKS else HARDLY
     sure = efficacy.low >= bound if reach >= bound else efficacy.high < bound
-    if not sure or (leak.known and not (leak.high <= LEAKS or leak.low > LEAKS)):
+    inside = -LEAKS <= leak.low and leak.high <= LEAKS
+    if not sure or (leak.known and not (inside or leak.low > LEAKS or leak.high < -LEAKS)):
         words += f" (not certain at {100 * LEVEL:.0f} %)"
     return words
 

@@ -187,8 +187,8 @@ def _curve(figure: Figure) -> Any:
     axes.axvline(0, color="black", linewidth=0.6)
     axes.set_xlabel(_short(data["x_title"], 80))
     axes.set_ylabel(_short(data["y_title"], 80))
-    if handles := axes.get_legend_handles_labels()[0]:
-        canvas.legend(handles=handles, loc="outside lower right", fontsize=7, ncols=3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(loc="best", fontsize=7)
     return canvas
 
 

@@ -207,6 +207,7 @@ LEADS = {
     "Works and stays local:": ((0.9, 0.8, 1.0), (0.05, 0.0, 0.1)),
     "Works but leaks:": ((0.9, 0.8, 1.0), (0.5, 0.4, 0.6)),
     "Works in part and stays local:": ((0.4, 0.3, 0.5), (0.05, 0.0, 0.1)),
+    "Works but leaks: ": ((0.9, 0.8, 1.0), (-0.4, -0.5, -0.3)),
     "Fails and leaks:": ((0.1, 0.0, 0.15), (0.5, 0.4, 0.6)),
     "Fails but leaves neighbours alone:": ((0.1, 0.0, 0.15), (0.0, 0.0, 0.0)),
     "Works and stays local (not certain at 95 %):": ((0.9, 0.2, 1.0), (0.05, 0.0, 0.1)),
