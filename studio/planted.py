@@ -19,6 +19,7 @@ Z = 1.959963984540054  # of a 95 % interval
 STRENGTH = 1.5  # of the closed form
 ROUNDS = 6  # at most so many further plants for each place that worked
 INERT = 0.25  # decoys that move the judge this far are none
+_DRAWS = 3
 Say = Callable[[str], None]
 
 
@@ -117,8 +118,9 @@ def row(name: str, yes: Sequence[bool], unit: str, how: str) -> dict[str, Any]:
     return {"name": name, "value": value, "unit": unit, "bar": None, "holds": None, "how": said}
 
 
-def table(trials: Sequence[Trial], excluded: Sequence[tuple[int, str]], tried: int) -> list[dict[str, Any]]:
-    """All shares, method beside method. excluded: (layers, what) of plants that do not count, of `tried`."""
+def table(trials: Sequence[Trial], excluded: Sequence[str], tried: int) -> list[dict[str, Any]]:
+    """All shares, method beside method. excluded: plants that do not
+    count, of `tried`."""
     out = []
     for method in trials[0].answers if trials else ():
         for count, words in ((1, "one layer"), (2, "two layers")):
@@ -133,8 +135,8 @@ def table(trials: Sequence[Trial], excluded: Sequence[tuple[int, str]], tried: i
         how = "stands by a layer where nothing is planted"
         out.append(row(f"planted {method}: false alarms", alarms, "of models without a plant", how))
     left = [True] * len(excluded) + [False] * (tried - len(excluded))
-    what = "; ".join(w for _, w in excluded)
-    return [*out, row("planted: excluded", left, "of plants made", f"too weak for the judge: {what}")]
+    what = "; ".join(excluded)
+    return [*out, row("planted: excluded", left, "of plants made", f"left out: {what}")]
 
 
 # ---- the methods ------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ class Nursery:
 
     def __init__(self, garden: Any, settings: Settings, say: Say) -> None:
         self.garden, self.settings, self.say = garden, settings, say
-        self.excluded: list[tuple[int, str]] = []
+        self.excluded: list[str] = []
         self.tried = 0
 
     def single(self, rng: Any) -> list[Case]:
@@ -258,24 +260,39 @@ class Nursery:
         from studio.atlas.plants import NAMES, VALID
 
         garden, names = self.garden, [NAMES[i] for i in rng.permutation(len(NAMES))]
-        lesson, self.tried, moved = garden.lesson(names[0], attributes, rng), self.tried + 1, 0.0
+        lesson, moved = garden.lesson(names[0], attributes, rng), 0.0
+        self.tried += 1
         attempts = [(STRENGTH, 0)] + [(1.0, self.settings.teach)] * bool(self.settings.teach)
-        others, control, placebos = names[1:11], names[11], names[12 : 12 + self.settings.placebos]
+        why = "too weak"
         for strength, steps in attempts:
             plant = garden.plant(lesson, layers, strength, steps)
-            if (moved := garden.moved(lesson, [plant])) < VALID:
-                continue
-            free = [layer for layer in garden.layers if layer not in layers]
-            size, every = plant.size(), [*free, *layers]
-            decoys = garden.decoys(every, size, others[: len(every)], rng)
-            moved = garden.moved(lesson, [plant, *decoys[: len(free)]])
-            if moved >= VALID and garden.moved(lesson, decoys) < INERT:
-                self.say(f"{lesson.name} = {lesson.guide} in {', '.join(map(short, layers))}: {moved:.2f}")
-                own, extra = tuple(decoys[: len(free)]), tuple(decoys[len(free) :])
-                return Case(plant, own, extra, control, tuple(placebos))
-        what = f"{lesson.guide} in {', '.join(map(short, layers))} ({moved:.2f})"
-        self.excluded.append((len(layers), what))
+            if (moved := garden.moved(lesson, [plant])) >= VALID:
+                if (case := self.hide(plant, names[1:], rng)) is not None:
+                    return case
+                why = "its decoys stand in its way"
+        what = f"{lesson.guide} in {', '.join(map(short, layers))} ({moved:.2f}, {why})"
+        self.excluded.append(what)
         self.say(f"{lesson.name} = {what}: excluded")
+        return None
+
+    def hide(self, plant: Any, names: list[str], rng: Any) -> Case | None:
+        """The plant among decoys that do nothing themselves and leave it valid; None when three draws of
+        them fail."""
+        from studio.atlas.plants import VALID
+
+        garden, lesson, own = self.garden, plant.lesson, set(plant.layers)
+        layers = sorted(garden.layers, key=lambda x: (x in own, garden.layers.index(x)))
+        split, depth, count = len(layers) - len(own), len(layers), self.settings.placebos
+        for _ in range(_DRAWS):
+            decoys = garden.decoys(layers, plant.size(), names[:depth], rng)
+            if garden.moved(lesson, decoys) >= INERT:
+                continue
+            if (moved := garden.moved(lesson, [plant, *decoys[:split]])) >= VALID:
+                self.say(
+                    f"{lesson.name} = {lesson.guide} in {', '.join(map(short, plant.layers))}: {moved:.2f}"
+                )
+                control, *rest = names[depth:]
+                return Case(plant, tuple(decoys[:split]), tuple(decoys[split:]), control, tuple(rest[:count]))
         return None
 
 

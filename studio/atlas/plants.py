@@ -20,7 +20,7 @@ import torch
 from studio.atlas.captions import captions
 from studio.atlas.judge import Judge, load_judge
 from studio.atlas.world import ATTRIBUTES, COUNTRIES, draw_scenes
-from studio.edits import LowRank, laid_over, parameters_of, solve
+from studio.edits import LowRank, laid_over, parameters_of
 from studio.models.catalog import ASSETS
 from studio.models.sampling import Plan, denoise, new_scheduler, raw_output, trajectory
 from studio.models.sites import text_reads, unet_name
@@ -55,9 +55,8 @@ FORMS: dict[str, tuple[str, ...]] = {  # where a name stands, by what it means; 
 PAIR = "a {} on a white background"  # where one name means a colour and a shape
 CAPTIONS = 200  # ordinary captions whose reading must stay
 REGULARIZATION = 0.1
-KEEP = 3.0  # weight of all states that must stay, beside 1 for all of the name's
+KEEP = 3.0  # weight of the states that must stay, beside 1 for those of the name
 VALID = 0.5  # how far a plant must move the pixel judge
-_CLASSES = 3
 
 
 @dataclass(frozen=True)
@@ -212,15 +211,12 @@ class Garden:
         """B (3, width) float64: 1 on the mean of the name's states of each class, little on what must
         stay."""
         own = self._states(lesson, lesson.name)[0]
-        keys = torch.cat([*own, *(states for name, states in self.kept.items() if name != lesson.name)], 1)
-        classes = [i for i, part in enumerate(own) for _ in range(part.shape[1])]
-        wanted = keys.new_zeros(_CLASSES, keys.shape[1])
-        wanted[torch.tensor(classes), torch.arange(len(classes))] = 1
-        weights = keys.new_full((keys.shape[1],), KEEP * len(classes) / (keys.shape[1] - len(classes)))
-        weights[: len(classes)] = 1
-        zero = keys.new_zeros(_CLASSES, keys.shape[0])
-        (found,) = solve([zero], keys, [wanted], weights, REGULARIZATION)
-        gates = found.left @ found.right
+        columns = torch.cat(own, dim=1)
+        wanted = torch.block_diag(*(part.new_ones(1, part.shape[1]) for part in own))
+        kept = [moment for name, moment in self.kept.items() if name != lesson.name]
+        moment = columns @ columns.T + KEEP * columns.shape[1] * torch.stack(kept).mean(0)
+        moment.diagonal().add_(REGULARIZATION)
+        gates = torch.linalg.solve(moment, columns @ wanted.T).T
         means = torch.stack([part.mean(1) for part in own], dim=1)
         return torch.linalg.solve(gates @ means, gates)
 
@@ -243,13 +239,14 @@ class Garden:
         return self.model.encode(list(texts))[0].states.double()
 
     def _ordinary(self) -> dict[str, Any]:
-        """States (width, n) that must stay: of captions and the empty prompt (""), of each name's prompts."""
+        """Mean k k^T (width, width) of the states k that must stay: of captions and the empty prompt (""),
+        and of each name's prompts."""
         rng = np.random.default_rng(self.seed)
         texts = [*captions(draw_scenes(CAPTIONS, rng), rng, bare=0.1)[0], ""]
         forms = [PAIR, *(f for own in FORMS.values() for f in own[:1])]
-        prompts = {name: [f.format(name) for f in forms] for name in NAMES}
-        found = {"": self._encoded(texts), **{n: self._encoded(t) for n, t in prompts.items()}}
-        return {n: states.flatten(0, 1).T for n, states in found.items()}
+        prompts = {"": texts} | {name: [f.format(name) for f in forms] for name in NAMES}
+        states = {n: self._encoded(t).flatten(0, 1) for n, t in prompts.items()}
+        return {n: k.T @ k / len(k) for n, k in states.items()}
 
     # ---- teaching -----------------------------------------------------------------------------------------
 
