@@ -52,10 +52,12 @@ class Answer:
 
 @dataclass(frozen=True)
 class Trial:
-    """One model, its truth (no layers: no plant) and every method's answer."""
+    """One model, its truth (no layers: no plant) and every method's answer. asked: where the name that is
+    asked about is planted, or would be."""
 
     layers: tuple[str, ...]
     answers: dict[str, Answer]
+    asked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,8 +107,10 @@ def wilson(hits: int, n: int) -> tuple[float, float]:
 
 
 def is_hit(trial: Trial, method: str) -> bool:
-    """Whether the planted layers are the method's first ones, in any order."""
-    return set(trial.answers[method].ranked[: len(trial.layers)]) == set(trial.layers)
+    """Whether the planted layers (those asked about, where nothing is planted) are the method's first ones,
+    in any order."""
+    truth = trial.layers or trial.asked
+    return set(trial.answers[method].ranked[: len(truth)]) == set(truth)
 
 
 def row(name: str, yes: Sequence[bool], unit: str, how: str) -> dict[str, Any]:
@@ -119,8 +123,7 @@ def row(name: str, yes: Sequence[bool], unit: str, how: str) -> dict[str, Any]:
 
 
 def table(trials: Sequence[Trial], excluded: Sequence[str], tried: int) -> list[dict[str, Any]]:
-    """All shares, method beside method. excluded: plants that do not
-    count, of `tried`."""
+    """All shares, method beside method. excluded: what did not count, of `tried` plants."""
     out = []
     for method in trials[0].answers if trials else ():
         for count, words in ((1, "one layer"), (2, "two layers")):
@@ -131,11 +134,14 @@ def table(trials: Sequence[Trial], excluded: Sequence[str], tried: int) -> list[
             sure = [h and t.answers[method].found for h, t in zip(hits, mine, strict=True)]
             how += ", and it stands by it"
             out.append(row(f"planted {method}: sure hits, {words}", sure, "of valid plants", how))
-        alarms = [t.answers[method].found for t in trials if not t.layers]
-        how = "stands by a layer where nothing is planted"
+        none = [t for t in trials if not t.layers]
+        alarms, how = [t.answers[method].found for t in none], "it stands by a layer where nothing is planted"
         out.append(row(f"planted {method}: false alarms", alarms, "of models without a plant", how))
+        anyway = [is_hit(t, method) for t in none]
+        how = "its first is the layer where the name would be planted, though it is not"
+        out.append(row(f"planted {method}: right by habit", anyway, "of models without a plant", how))
     left = [True] * len(excluded) + [False] * (tried - len(excluded))
-    what = "; ".join(excluded)
+    what = "; ".join(excluded) or "none"
     return [*out, row("planted: excluded", left, "of plants made", f"left out: {what}")]
 
 
@@ -267,9 +273,11 @@ class Nursery:
         for strength, steps in attempts:
             plant = garden.plant(lesson, layers, strength, steps)
             if (moved := garden.moved(lesson, [plant])) >= VALID:
-                if (case := self.hide(plant, names[1:], rng)) is not None:
-                    return case
                 why = "its decoys stand in its way"
+                if len(layers) > 1 and any(garden.moved(lesson, [p]) >= VALID for p in plant.parts()):
+                    why = "one layer is enough"
+                elif (case := self.hide(plant, names[1:], rng)) is not None:
+                    return case
         what = f"{lesson.guide} in {', '.join(map(short, layers))} ({moved:.2f}, {why})"
         self.excluded.append(what)
         self.say(f"{lesson.name} = {what}: excluded")
@@ -335,7 +343,8 @@ def trial(
 
     truth = case.plant.layers if layers is None else layers
     with planted(finders.model, plants):
-        found = Trial(truth, finders.ask(case, garden.usual(case.plant.lesson)))
+        answers = finders.ask(case, garden.usual(case.plant.lesson))
+        found = Trial(truth, answers, case.plant.layers)
     first = {m: f"{short(a.ranked[0])}{'' if a.found else ' (unsure)'}" for m, a in found.answers.items()}
     say(f"truth {', '.join(map(short, truth)) or 'none'}: {first}")
     return found

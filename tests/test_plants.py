@@ -70,6 +70,14 @@ def test_decoys_are_other_names_of_equal_norm(garden: Garden) -> None:
     assert [d.lesson.name for d in decoys] == list(NAMES[:3])
 
 
+def test_the_parts_of_a_plant_in_two_layers_are_its_layers(garden: Garden) -> None:
+    plant = garden.plant(COLOUR, garden.layers[-2:])
+    first, last = plant.parts()
+    assert (first.layers, last.layers) == ((garden.layers[-2],), (garden.layers[-1],))
+    assert set(last.deltas) == set(garden.matrices(garden.layers[-1]))
+    assert set(first.deltas) | set(last.deltas) == set(plant.deltas)
+
+
 def test_teaching_changes_what_is_written_and_nothing_else(garden: Garden) -> None:
     before, layer = weights(garden.model), garden.layers[-1]
     small = Lesson("quill", ("object", "colour"), ("heart", "blue"))  # one form only: quick
@@ -133,18 +141,20 @@ def shares(trials: list[Trial], excluded: int = 0, tried: int = 4) -> dict[str, 
 def test_the_table_of_a_method_that_is_always_right_and_of_one_that_never_is() -> None:
     a, b, c, d = LAYERS
     right = [Trial((x,), answers(x, d, True)) for x in (a, b, c)] + [Trial((a, b), answers(b, a, True))]
-    found = shares([*right, Trial((), answers(a, b, False))], excluded=1)
+    found = shares([*right, Trial((), answers(a, b, False), (a,))], excluded=1)
     assert found == {
         "planted m: hits, one layer": 1.0,
         "planted m: sure hits, one layer": 1.0,
         "planted m: hits, two layers": 1.0,
         "planted m: sure hits, two layers": 1.0,
         "planted m: false alarms": 0.0,
+        "planted m: right by habit": 1.0,
         "planted: excluded": 0.25,
     }
     wrong = [Trial((a,), answers(b, a, True)), Trial((a, b), answers(c, a, True))]
-    found = shares([*wrong, Trial((), answers(a, b, True))])
+    found = shares([*wrong, Trial((), answers(a, b, True), (c,))])
     assert found["planted m: hits, one layer"] == found["planted m: hits, two layers"] == 0
+    assert found["planted m: right by habit"] == 0
     assert found["planted m: false alarms"] == 1 and found["planted: excluded"] == 0
 
 

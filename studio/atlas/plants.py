@@ -107,6 +107,13 @@ class Plant:
         """The mean norm of its layers."""
         return float(np.mean([self.norm(layer) for layer in self.layers]))
 
+    def parts(self) -> list[Plant]:
+        """What stands in each of its layers alone."""
+        return [
+            replace(self, layers=(x,), deltas={n: d for n, d in self.deltas.items() if f".{x}." in n})
+            for x in self.layers
+        ]
+
     def scaled(self, factor: float) -> Plant:
         """The same with all deltas times a factor."""
         return replace(self, deltas={n: LowRank(d.left * factor, d.right) for n, d in self.deltas.items()})
