@@ -172,21 +172,26 @@ def _curve(figure: Figure) -> Any:
     for series, colour in zip(data["series"], colours, strict=False):
         x, y = np.asarray(series["x"], float), np.asarray(series["y"], float)
         known = np.isfinite(x) & np.isfinite(y)
-        style = "-" if series["line"] else "none"
-        axes.plot(
-            x[known], y[known], style, marker="o", markersize=4, color=colour, label=_short(series["name"])
-        )
+        look = {
+            "linestyle": "-" if series["line"] else "none",
+            "marker": "o",
+            "markersize": 4,
+            "color": colour,
+        }
+        axes.plot(x[known], y[known], label=_short(series["name"]), **look)
         for i in np.flatnonzero(known):
             if series["labels"][i]:
                 at = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7, "color": colour}
                 axes.annotate(_short(series["labels"][i], 24), (x[i], y[i]), **at)
-    for (name, value), style in zip(data.get("lines", ()), itertools.cycle(("--", ":", "-.")), strict=False):
+    for (name, value), style in zip(
+        data.get("lines", ()), itertools.cycle(("--", ":", "-.", (0, (5, 1)))), strict=False
+    ):
         if math.isfinite(value):
             axes.axhline(value, color="#3f3f46", linestyle=style, linewidth=1.1, label=_short(name))
     axes.axhline(0, color="black", linewidth=0.6)
     axes.axvline(0, color="black", linewidth=0.6)
-    axes.set_xlabel(_short(data["x_title"], 80))
-    axes.set_ylabel(_short(data["y_title"], 80))
+    axes.set_xlabel(textwrap.fill(_short(data["x_title"], 120), 70))
+    axes.set_ylabel(textwrap.fill(_short(data["y_title"], 80), 50))
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="best", fontsize=7)
     return canvas

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from studio import Recipe, cli
+from studio import Recipe, cli, figures
 from studio.atlas.reading import JudgeScorer, named, neighbours, unrelated
 from studio.audit import Finding, Spread, rank_chance, rms, smallest_strength, total_effect, verdict
 from studio.errors import Cancelled, RequestError
 from studio.methods import audit as method
 from studio.methods.witness import holds
 from studio.store import read_run, write_edit
-from studio.types import Edit
+from studio.types import Edit, Figure
 from tests import layouts
 from tests.references import naive_audit
 from tests.test_edits import KEY, TEXT, delta, weights_hash
@@ -229,6 +229,23 @@ def test_the_verdict_goes_by_the_sterner_scorer() -> None:
     said = verdict("star", [Finding("one", kind, none, none), Finding("two", stern, none, none)])
     assert said.startswith("Fails") and "90 % (80 to 100) by one" in said and "10 % (5 to 15) by two" in said
     assert "can't be told" in verdict("star", [Finding("one", Spread(), Spread(), Spread())])
+
+
+def test_curves_join_points_only_when_told_to() -> None:
+    x, y = np.array([0.0, 1.0, np.nan]), np.array([1.0, 2.0, 3.0])
+    series = [
+        {"name": n, "x": x, "y": y, "labels": ["a", "", "c"], "line": n == "joined"}
+        for n in ("joined", "loose")
+    ]
+    lines = [("one", 0.5), ("two", math.nan)]
+    figure = Figure("curve", {"series": series, "lines": lines, "x_title": "x", "y_title": "y"}, title="t")
+    joined, loose, across = figures._curve(figure).axes[0].lines[:3]
+    assert (joined.get_linestyle(), loose.get_linestyle()) == ("-", "None")
+    assert list(joined.get_xdata()) == [0, 1] and list(across.get_ydata()) == [0.5, 0.5]
+    svg = figures.to_bytes(figure, "svg").decode()
+    assert (
+        all(f"<!-- {said} -->" in svg for said in ("joined", "loose", "one", "a")) and "<!-- c -->" not in svg
+    )
 
 
 # ---- the judge --------------------------------------------------------------------------------------------
