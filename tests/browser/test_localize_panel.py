@@ -17,7 +17,6 @@ def opened(visit: Visit, method: str = "localize") -> Any:
     page.get_by_role("tab", name="Localize").click()
     page.wait_for_selector("#localize-run:not([disabled])")
     page.locator(f"#localize-method input[value={method}]").check()
-    page.locator("#localize-model").wait_for(state="attached")
     page.get_by_role("button", name="Sampling and scoring").last.click()
     page.locator("#localize-steps textarea, #localize-steps input").first.fill("3")
     return page
