@@ -36,7 +36,7 @@ def planted_truth(session: Any, settings: Any, say: Say) -> list[Row]:
 
     torch.set_num_threads(session.threads)
     model, scorer = session.model("atlas-sd", "diffusion"), session.model("atlas-clip", "clip")
-    return measure(model, scorer, settings, say)
+    return measure(model, scorer, settings, say, session.batch)
 
 
 ENTRIES: tuple[Entry, ...] = (Entry("planted-truth", "planted", planted_truth),)

@@ -151,8 +151,8 @@ def table(trials: Sequence[Trial], excluded: Sequence[str], tried: int) -> list[
 class Finders:
     """The methods under test, asked the same question about the present weights."""
 
-    def __init__(self, model: Any, scorer: Any, settings: Settings) -> None:
-        self.model, self.scorer, self.settings = model, scorer, settings
+    def __init__(self, model: Any, scorer: Any, settings: Settings, rows: int) -> None:
+        self.model, self.scorer, self.settings, self.rows = model, scorer, settings, rows
         self.seeds = tuple(range(settings.seeds))
 
     def ask(self, case: Case, usual: str) -> dict[str, Answer]:
@@ -167,7 +167,7 @@ class Finders:
         """Windows of one layer; sure when it gives no warning (effect above the placebo's)."""
         from studio.methods.locogen import Inputs, Params, localize
 
-        lesson, report = case.plant.lesson, Quiet()
+        lesson, report = case.plant.lesson, Quiet(self.rows)
         inputs = Inputs(prompt=lesson.prompt, replacement=self.other(case, case.control))
         params = Params(window=1, hint=False, steps=self.settings.steps, target=lesson.target, against=usual)
         found = localize(self.model, inputs, params, self.seeds, self.scorer, report)
@@ -180,7 +180,7 @@ class Finders:
         from studio.methods.causal_trace_unet import Params, trace_unet
         from studio.methods.text_to_image import CorruptionInputs
 
-        lesson, report = case.plant.lesson, Quiet()
+        lesson, report = case.plant.lesson, Quiet(self.rows)
         inputs = CorruptionInputs(prompt=lesson.prompt, replacement=self.other(case, case.control))
         params = Params(
             kinds=("cross-attention",),
@@ -206,7 +206,9 @@ class Finders:
         params = Params(
             granularity="module", components=("to_k", "to_v"), steps=self.settings.steps, ratio=0, check=0
         )
-        found = attribute(self.model, inputs, params, self.seeds[:1], None, Quiet()).arrays["attribution"]
+        found = attribute(self.model, inputs, params, self.seeds[:1], None, Quiet(self.rows)).arrays[
+            "attribution"
+        ]
         return tuple(n.removeprefix("unet.") for n in found.axis("component").labels), found.values
 
     @staticmethod
@@ -311,8 +313,8 @@ def short(layer: str) -> str:
     return f"{block.split('_')[0]} {'.'.join(numbers)}"
 
 
-def measure(model: Any, scorer: Any, settings: Settings, say: Say) -> list[dict[str, Any]]:
-    """The whole experiment: rows of the benchmark. The model's weights are afterwards what they were."""
+def measure(model: Any, scorer: Any, settings: Settings, say: Say, rows: int = 16) -> list[dict[str, Any]]:
+    """The whole experiment, `rows` images at a time: rows of the benchmark. The model's weights are afterwards what they were."""
     from studio.atlas.plants import Garden, draws
     from studio.models.sampling import Plan
 
@@ -322,7 +324,7 @@ def measure(model: Any, scorer: Any, settings: Settings, say: Say) -> list[dict[
     nursery = Nursery(garden, settings, say)
     cases = nursery.single(rng)
     cases += nursery.double(cases, rng)
-    finders = Finders(model, scorer, settings)
+    finders = Finders(model, scorer, settings, rows)
     trials = [trial(garden, finders, case, [case.plant, *case.decoys], say) for case in cases]
     for i in range(settings.unplanted if cases else 0):
         case = cases[i % len(cases)]
