@@ -314,8 +314,8 @@ def short(layer: str) -> str:
 
 
 def measure(model: Any, scorer: Any, settings: Settings, say: Say, rows: int = 16) -> list[dict[str, Any]]:
-    """The whole experiment, `rows` images at a time: rows of the benchmark. The model's weights are afterwards
-    what they were."""
+    """The whole experiment, `rows` images at a time: rows of the benchmark. The model's weights are
+    afterwards what they were."""
     from studio.atlas.plants import Garden, draws
     from studio.models.sampling import Plan
 
