@@ -151,10 +151,14 @@ class _Panel(Running):
         self.wire_run(form["prompt"].submit, form["replacement"].submit, form["concept"].submit)
         form["method"].change(self.switch, form["method"], [form[n] for n in self.switched], **QUIET)
         picked = [self.state, out["seed"], out["ratio"]]
-        out["figure"].select(widgets.guarded(self.click), picked, [self.state, *self.fields], **QUIET)
-        out["seed"].input(widgets.guarded(self.again_detail), picked, self.fields, **QUIET)
-        out["ratio"].release(widgets.guarded(self.again_detail), picked, self.fields, **QUIET)
-        told = [self.state, out["ratio"]]
+        often, latest = (dict(trigger_mode=m, **QUIET) for m in ("multiple", "always_last"))
+        shown = dict(fn=widgets.guarded(self.again_detail), inputs=[*picked, self.cell], outputs=self.fields)
+        clicked = [self.cell, out["text"], out["edit"]]
+        chosen = out["figure"].select(widgets.guarded(self.click), self.state, clicked, **often)
+        chosen.then(**shown, **latest)
+        out["seed"].input(**shown, **latest)
+        out["ratio"].release(**shown, **latest)
+        told = [self.state, out["ratio"], self.cell]
         ready = out["edit"].click(widgets.guarded(self.edit_here), told, out["handoff"], **QUIET)
         ready.success(None, out["handoff"], None, js=(ASSETS / "js" / "handoff.js").read_text())
 
@@ -202,22 +206,26 @@ class _Panel(Running):
 
     # ---- a bar --------------------------------------------------------------------------------------------
 
-    def click(
-        self, request: gr.Request, event: gr.EventData, kept: dict | None, seed: str | None, ratio: float
-    ) -> dict:
-        """A bar was picked."""
+    def click(self, event: gr.EventData, kept: dict | None) -> dict:
+        """A bar was picked: its numbers at once, its images follow."""
         recipe, result = self.measured(kept)
         if recipe.method not in COMPARED:
             raise RequestError("There are no bars on screen.")
         _, col = heatmap.chosen(event, 1, len(figure_of(recipe, result).data["labels"]))
-        shown = self.detail(kept, col, seed, ratio, str(request.session_hash))
-        return {self.state: {**kept, "cell": col}, **shown}
+        ready = recipe.method == "localize" or self.made(kept)
+        return {
+            self.cell: col,
+            self.out["text"]: sentence(recipe, result, col),
+            self.out["edit"]: gr.update(visible=ready),
+        }
 
-    def again_detail(self, request: gr.Request, kept: dict | None, seed: str | None, ratio: float) -> dict:
-        """Another seed, or another share of weights, of the same bar."""
-        if not isinstance(kept, dict) or not isinstance(kept.get("cell"), int):
+    def again_detail(
+        self, request: gr.Request, kept: dict | None, seed: str | None, ratio: float, col: int | None
+    ) -> dict:
+        """The images of a bar, of another seed, or with another share of weights."""
+        if col is None:
             return {self.out["text"]: gr.skip()}
-        return self.detail(kept, kept["cell"], seed, ratio, str(request.session_hash))
+        return self.detail(kept, col, seed, ratio, str(request.session_hash))
 
     def detail(self, kept: dict, col: int, seed: str | None, ratio: float, user: str) -> dict[Any, Any]:
         """What a click on a bar shows: its numbers, and the images of one seed."""
@@ -240,7 +248,6 @@ class _Panel(Running):
             out["text"]: text,
             out["seed"]: gr.update(choices=seeds, value=seed, visible=len(seeds) > 1),
             out["ratio"]: gr.update(visible=ranked),
-            out["edit"]: gr.update(visible=recipe.method == "localize" or self.made(kept)),
             **widgets.shown_pictures(out, {**hidden, **images}, COMPARED[recipe.method]),
         }
 
@@ -260,12 +267,11 @@ class _Panel(Running):
             digest = self.session.store.keep_edit(file)
         return Entry(digest, f"{run.recipe.inputs['concept']}: {name} at {ratio:g} % (ablation)")
 
-    def edit_here(self, request: gr.Request, kept: dict | None, ratio: float) -> str:
+    def edit_here(self, request: gr.Request, kept: dict | None, ratio: float, col: int | None) -> str:
         """What the Edit panel takes over, as JSON: layers to edit in, or an edit for its stack."""
         user = str(request.session_hash)
         recipe, result = self.measured(kept)
-        col = kept.get("cell")
-        if not isinstance(col, int):
+        if col is None:
             raise RequestError("Click a bar first.")
         if recipe.method == "localize":
             return told_layers(recipe, result, col)

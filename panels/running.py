@@ -1,6 +1,6 @@
 """A panel's run: Run was pressed, lines and partial results stream, Stop, and a reload takes it up again.
 
-What a page has on screen is in its own State: ids of a job and of a run, and what was clicked.
+What a page has on screen is in its own State: ids of a job and of a run, and beside them what was clicked.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Running:
     def __init__(self, panel: str, session: Session, form: dict[str, Any], out: dict[str, Any]) -> None:
         self.panel, self.session, self.form, self.out = panel, session, form, out
         self.viewers = widgets.Viewers()
-        self.state = gr.State({})
+        self.state, self.cell = gr.State({}), gr.State(None)  # what runs or ran; what was clicked of it
         self.client = widgets.kept_in_browser(f"locus-{panel}")
         self.named = {c: n for n, c in form.items() if isinstance(c, gr.components.FormComponent)}
 
@@ -67,7 +67,7 @@ class Running:
         which a run may have ended: Run and loading."""
         form, out = self.form, self.out
         buttons = out["export"].values() if "export" in out else ()
-        shown = [self.state, self.client, form["run"], form["stop"], *self.fields, *buttons]
+        shown = [self.state, self.cell, self.client, form["run"], form["stop"], *self.fields, *buttons]
         runs = dict(outputs=shown, **STREAM)
         started = gr.on([form["run"].click, *also], self.start, set(self.named), **runs)
         form["stop"].click(self.stop, self.client, out["status"], **QUIET)
@@ -89,6 +89,7 @@ class Running:
         self.viewers.watch(str(request.session_hash), job)
         yield {
             self.client: {"job": job.id, "token": job.token},
+            self.cell: None,
             self.form["stop"]: gr.Button(interactive=True),
             self.out["status"]: "Starting …",
             **({self.out["export"]["row"]: gr.Row(visible=False)} if "export" in self.out else {}),

@@ -124,9 +124,9 @@ class _Panel(Running):
         form, out = self.form, self.out
         self.wire_run(form["prompt"].submit, form["subject"].submit)
         form["method"].change(self.switch, form["method"], [form[n] for n in self.switched], **QUIET)
-        picked = [self.state, out["seed"]]
-        out["figure"].select(widgets.guarded(self.click), picked, [self.state, *self.fields], **QUIET)
-        out["seed"].input(widgets.guarded(self.other_seed), picked, self.fields, **QUIET)
+        picked, often = [self.state, out["seed"]], dict(trigger_mode="multiple", **QUIET)
+        out["figure"].select(widgets.guarded(self.click), picked, [self.cell, *self.fields], **often)
+        out["seed"].input(widgets.guarded(self.other_seed), [*picked, self.cell], self.fields, **often)
 
     def recipe(self, given: dict[str, Any]) -> Recipe:
         """The recipe that the inputs describe."""
@@ -144,17 +144,14 @@ class _Panel(Running):
         recipe, result = self.measured(kept)
         figure = figure_of(recipe, result)
         cell = heatmap.chosen(event, *np.shape(figure.data["values"]))
-        return {
-            self.state: {**kept, "cell": list(cell)},
-            **detail(recipe, result, figure, cell, seed, self.out),
-        }
+        return {self.cell: cell, **detail(recipe, result, figure, cell, seed, self.out)}
 
-    def other_seed(self, kept: dict | None, seed: str | None) -> dict:
+    def other_seed(self, kept: dict | None, seed: str | None, cell: tuple[int, int] | None) -> dict:
         """Another seed's images of the same cell."""
-        if not isinstance(kept, dict) or "cell" not in kept:
+        if cell is None:
             return {self.out["text"]: gr.skip()}
         recipe, result = self.measured(kept)
-        return detail(recipe, result, figure_of(recipe, result), tuple(kept["cell"]), seed, self.out)
+        return detail(recipe, result, figure_of(recipe, result), tuple(cell), seed, self.out)
 
     def switch(self, name: str) -> list[Any]:
         """Another method was chosen: its own knobs show."""
