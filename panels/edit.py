@@ -134,6 +134,9 @@ class _Panel(Running):
         """The images of a stack that has something to show."""
         if isinstance(stack, Stack) and (stack.entries or stack.past or stack.future):
             yield from self.picture(request, stack, *looks)
+            if stack.chosen is not None:  # so that the slider's first answer is as quick as the others
+                for _ in self.picture(request, stack, *looks, quick=True):
+                    pass
 
     # ---- the stack ----------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from studio.models.catalog import ASSETS
 from studio.session import Session
 from studio.types import Recipe
 
-QUICK_STEPS = 5  # while the slider is dragged
+QUICK_STEPS = 4  # while the slider is dragged
 NO_STACK = "No edits yet. Say what becomes what and press Make edit, or load an edit file."
 _KEPT_BYTES = 64 * 2**20
 
