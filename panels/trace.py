@@ -68,8 +68,7 @@ def _form(methods: list[Method]) -> dict[str, Any]:
     with gr.Accordion("Sampling and scoring", open=False):
         form["model"] = widgets.model_choice("trace", "diffusion", "atlas-sd")
         for name in ("steps", "guidance", "noise", "search_noise", "metric", "replacement"):
-            value = True if name == "search_noise" else None
-            form[name] = widgets.widget("trace", name, *known[name], value, visible=name in mine)
+            form[name] = widgets.widget("trace", name, *known[name], visible=name in mine)
     with gr.Accordion("More options", open=False):
         for name, (f, kind) in known.items():
             if name not in form and name != "kinds":
