@@ -10,37 +10,18 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import gradio as gr
 import numpy as np
 
-from panels.heatmap import CSS
+from panels.drawn import Drawn, grid_template
 from studio.figures import NEGATIVE, POSITIVE
-from studio.models.catalog import ASSETS
 from studio.types import Figure
 
-_TEMPLATE = (
-    "<div class='map' tabindex='0' role='grid' aria-label='bars'></div>"
-    "<div class='said' aria-live='polite'></div>"
-)
-_JS = (ASSETS / "js" / "bars.js").read_text()
 
-
-class Bars(gr.HTML):
+class Bars(Drawn):
     """Bars whose value is made by `as_value`; its `select` event carries row 0 and col."""
 
     def __init__(self, hint: str, **options: Any) -> None:
-        super().__init__(
-            value={"hint": hint},
-            html_template=_TEMPLATE,
-            css_template=CSS,
-            js_on_load=_JS,
-            apply_default_css=False,
-            **options,
-        )
-
-    def api_info(self) -> dict[str, Any]:
-        """The value is an object."""
-        return {"type": "object"}
+        super().__init__({"hint": hint}, grid_template("bars"), "bars", "heatmap", **options)
 
 
 def as_value(figure: Figure, again: bool = False) -> dict[str, Any]:

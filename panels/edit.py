@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import wraps
@@ -21,6 +20,7 @@ from panels.running import QUIET, STREAM, Running
 from studio.edit_export import composed, export_edits
 from studio.edit_files import read_edit
 from studio.errors import RequestError
+from studio.exports import new_folder
 from studio.registry import find_method, parse_seeds
 from studio.session import Session
 from studio.store import EDIT_FILE, write_edit
@@ -269,7 +269,7 @@ class _Panel(Running):
     @_said
     def save(self, request: gr.Request, stack: Stack, model: str, *_: Any) -> dict:
         """The whole stack as one edit file."""
-        target = Path(tempfile.mkdtemp(prefix="locus-export-")) / "edit.safetensors"
+        target = new_folder() / "edit.safetensors"
         edit = self.session.call(
             model, lambda m: composed(m, self.opened(stack)), user=str(request.session_hash)
         )
@@ -279,7 +279,7 @@ class _Panel(Running):
     @_said
     def lora(self, request: gr.Request, stack: Stack, model: str, *_: Any) -> dict:
         """The whole stack as a LoRA in diffusers' layout."""
-        target = Path(tempfile.mkdtemp(prefix="locus-export-")) / "pytorch_lora_weights.safetensors"
+        target = new_folder() / "pytorch_lora_weights.safetensors"
         active = self.opened(stack)
         self.session.call(
             model, lambda m: export_edits(m, active, lora=target, full=None), user=str(request.session_hash)
@@ -374,8 +374,9 @@ class _Panel(Running):
         told, stack = {n: str(getattr(event, n, None) or "")[:20_000] for n in names}, self.here(stack, looks)
         here = {self.form["model"]: told["model"], self.out["prompt"]: told["prompt"]}
         if told["edit"]:
-            self.session.store.edit_file(told["edit"])  # refuses what is not kept
-            added = stack.add(Entry(told["edit"], told["title"][:300]))
+            kept = self.session.store
+            digest = kept.keep_edit(kept.edit_file(told["edit"]))  # for good; refuses what is not there
+            added = stack.add(Entry(digest, told["title"][:300]))
             return {**self.show(added, (told["model"], told["prompt"], looks[2])), **here}
         layers = {self.form[n]: told[n] for n in ("concept", "replacement", "layers")}
         note = "Layers are taken over. Check concept and replacement, then press Make edit."

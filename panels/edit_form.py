@@ -51,7 +51,7 @@ def form() -> dict[str, Any]:
     )
     with gr.Accordion("Choose layers on a map", open=False):
         found["show_layers"] = gr.Button("Show layers", size="sm", elem_id="edit-show-layers")
-        found["map"] = heatmap.HeatMap(LAYERS_HINT, elem_id="edit-layer-map", padding=False)
+        found["map"] = heatmap.HeatMap(LAYERS_HINT, elem_id="edit-layer-map")
     found["preserve"] = widgets.widget("edit", "preserve", *known["preserve"])
     found |= widgets.run_buttons("edit", "Make edit")
     with gr.Accordion("More options", open=False):

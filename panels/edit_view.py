@@ -8,13 +8,12 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-import gradio as gr
 import numpy as np
 
+from panels.drawn import Drawn
 from panels.edit_stack import Stack
 from panels.widgets import follow
 from studio.jobs import Job
-from studio.models.catalog import ASSETS
 from studio.session import Session
 from studio.types import Recipe
 
@@ -23,42 +22,20 @@ NO_STACK = "No edits yet. Say what becomes what and press Make edit, or load an 
 _KEPT_BYTES = 64 * 2**20
 
 
-class StackList(gr.HTML):
+class StackList(Drawn):
     """The stack; its `select` event carries act (toggle, pick, up, down, remove) and row."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            value={"hint": NO_STACK},
-            html_template="<div class='stack' role='list' aria-label='edits'></div>",
-            css_template=(ASSETS / "css" / "stack.css").read_text(),
-            js_on_load=(ASSETS / "js" / "stack.js").read_text(),
-            apply_default_css=False,
-            padding=False,
-            **options,
-        )
-
-    def api_info(self) -> dict[str, Any]:
-        """The value is an object."""
-        return {"type": "object"}
+        template = "<div class='stack' role='list' aria-label='edits'></div>"
+        super().__init__({"hint": NO_STACK}, template, "stack", "stack", **options)
 
 
-class Takeover(gr.HTML):
+class Takeover(Drawn):
     """Hears what another panel hands over (page script puts it in window.locusHandoff): its `select` event
-    carries model, prompt, concept, replacement and layers."""
+    carries model, prompt, concept, replacement and layers, or an edit."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(
-            value={},
-            html_template="<div></div>",
-            js_on_load=(ASSETS / "js" / "takeover.js").read_text(),
-            apply_default_css=False,
-            padding=False,
-            **options,
-        )
-
-    def api_info(self) -> dict[str, Any]:
-        """The value is an object."""
-        return {"type": "object"}
+        super().__init__({}, "<div></div>", "takeover", **options)
 
 
 class Pictures:

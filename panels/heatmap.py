@@ -14,37 +14,17 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from panels.drawn import Drawn, grid_template
 from studio.errors import RequestError
 from studio.figures import EMPTY, NEGATIVE, NEUTRAL, POSITIVE, number, scale_limit
-from studio.models.catalog import ASSETS
 from studio.types import Figure
 
-_TEMPLATE = (
-    "<div class='map' tabindex='0' role='grid' aria-label='heat map'></div>"
-    "<div class='said' aria-live='polite'></div>"
-)
 
-CSS = (ASSETS / "css" / "heatmap.css").read_text()
-
-_JS = (ASSETS / "js" / "heatmap.js").read_text()
-
-
-class HeatMap(gr.HTML):
+class HeatMap(Drawn):
     """A heat map whose value is made by `as_value`; its `select` event carries row and col (see `chosen`)."""
 
     def __init__(self, hint: str, **options: Any) -> None:
-        super().__init__(
-            value={"hint": hint},
-            html_template=_TEMPLATE,
-            css_template=CSS,
-            js_on_load=_JS,
-            apply_default_css=False,
-            **options,
-        )
-
-    def api_info(self) -> dict[str, Any]:
-        """The value is an object."""
-        return {"type": "object"}
+        super().__init__({"hint": hint}, grid_template("heat map"), "heatmap", "heatmap", **options)
 
 
 def as_value(figure: Figure, again: bool = False) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def _outputs() -> dict[str, Any]:
     out: dict[str, Any] = {"status": widgets.status_line("localize")}
     with gr.Tabs():
         with gr.Tab("Bars", id="bars"), gr.Column(min_width=320):
-            out["figure"] = bars.Bars(HINT, elem_id="localize-figure", padding=False)
+            out["figure"] = bars.Bars(HINT, elem_id="localize-figure")
             out["curve"] = widgets.figure_image("localize", "curve")
         with gr.Tab("Table", id="table"):
             out["table"] = widgets.table("localize")
@@ -256,7 +256,7 @@ class _Panel(Running):
         return bool(kept.get("run")) and (self.session.store.path(str(kept["run"])) / EDIT_FILE).is_file()
 
     def ablation(self, kept: dict, col: int, ratio: float, user: str) -> Entry:
-        """The edit that zeroes a share of the weights of a bar's component, kept in the store."""
+        """The edit that zeroes a share of the weights of a bar's component, kept for a look (`keep_edit`)."""
         run = self.session.store.load(str(kept["run"]))
         name = bar_name(run.recipe, run.result, col)
         model = run.recipe.model
@@ -264,7 +264,7 @@ class _Panel(Running):
         with tempfile.TemporaryDirectory(prefix="locus-edit-") as folder:
             file = Path(folder) / EDIT_FILE
             write_edit(edit, file)
-            digest = self.session.store.keep_edit(file)
+            digest = self.session.store.keep_edit(file, passing=True)
         return Entry(digest, f"{run.recipe.inputs['concept']}: {name} at {ratio:g} % (ablation)")
 
     def edit_here(self, request: gr.Request, kept: dict | None, ratio: float, col: int | None) -> str:

@@ -5,6 +5,7 @@ What a page has on screen is in its own State: ids of a job and of a run, and be
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,7 +23,7 @@ STREAM = dict(
 )  # generators must queue
 
 
-class Running:
+class Running(ABC):
     """Base of a panel's handlers. `form` and `out` are inputs and outputs by name; run, stop and status are
     among them, and perhaps the row of export buttons under "export"."""
 
@@ -35,13 +36,13 @@ class Running:
 
     # ---- what a panel says of itself ----------------------------------------------------------------------
 
+    @abstractmethod
     def recipe(self, given: dict[str, Any]) -> Recipe:
         """The recipe that the inputs describe; RequestError when one is wrong."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drawn(self, recipe: Recipe, result: Result, again: bool = False) -> dict[Any, Any]:
         """Updates that show results so far; `again` when they are shown for the last time."""
-        raise NotImplementedError
 
     def cleared(self) -> dict[Any, Any]:
         """Updates at the start of a run: nothing stale stays on screen."""

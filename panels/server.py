@@ -14,6 +14,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any
 
+from studio import exports
 from studio.errors import RequestError
 from studio.models.catalog import ASSETS
 from studio.session import Session
@@ -170,6 +171,7 @@ def serve_forever(
 
     opened = listen(host, port)
     session.store.sweep_leftovers()
+    exports.sweep()
     warm_up(session)
     app = new_app(session, host, auth)
     url = f"http://{'[' + host + ']' if ':' in host else host}:{opened.getsockname()[1]}"

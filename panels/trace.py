@@ -93,7 +93,7 @@ def _outputs() -> dict[str, Any]:
     out: dict[str, Any] = {"status": widgets.status_line("trace")}
     with gr.Tabs():
         with gr.Tab("Map", id="map"), gr.Column(min_width=320):
-            out["figure"] = heatmap.HeatMap(HINT, elem_id="trace-figure", padding=False)
+            out["figure"] = heatmap.HeatMap(HINT, elem_id="trace-figure")
             out["strip"] = gr.Gallery(
                 visible=False, columns=7, height="auto", label="Layer by layer", elem_id="trace-strip"
             )

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 import logging
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
@@ -15,11 +14,11 @@ from typing import Any
 import gradio as gr
 
 from studio.errors import Cancelled, StudioError
+from studio.exports import export, new_folder
 from studio.figures import to_bytes
 from studio.jobs import Job
 from studio.models.catalog import CATALOG
 from studio.registry import REQUIRED, Method, base_type, find_method, hints
-from studio.store import export
 from studio.types import Recipe, Result, Run
 
 _log = logging.getLogger("locus")
@@ -300,7 +299,7 @@ def export_buttons(panel: str) -> dict[str, gr.DownloadButton]:
 
 def exported(folder: Path, buttons: Mapping[str, Any]) -> dict[Any, Any]:
     """Updates of the export buttons for a run folder."""
-    files = export(folder, Path(tempfile.mkdtemp(prefix="locus-export-")))
+    files = export(folder, new_folder())
     return {
         buttons["row"]: gr.Row(visible=True),
         **{buttons[k]: gr.DownloadButton(value=str(f)) for k, f in files.items()},

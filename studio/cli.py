@@ -140,6 +140,10 @@ def run_method(method: Method, argv: list[str]) -> int:
         for warning in run.result.values.get("warnings", []):
             print(f"locus: warning: {warning}", file=sys.stderr)
         where = out or session.store.root / run.id
+        if saved is not None and not (where / EDIT_FILE).is_file():
+            raise StudioError(
+                f"{method.name} made no edit with these options, so nothing is saved; the run is {where}."
+            )
         if saved is not None:
             copy_file(where / EDIT_FILE, saved)
         if given["json"]:

@@ -319,3 +319,10 @@ def test_kill_in_the_middle_of_a_run(tmp_path: Path) -> None:
     assert kept.ids() == [] and kept.find("0" * 64) is None
     kept.sweep_leftovers()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_save_without_an_edit_is_said(call: Call, lent: None, tmp_path: Path) -> None:
+    file = tmp_path / "none.safetensors"
+    given = ("attribute", "--concept", "star", "--ratio", "0", "--steps", "1", "--check", "0")
+    code, _, err = call(*given, "--save", str(file), "--runs", str(tmp_path / "runs"))
+    assert code == 1 and "attribute made no edit with these options" in " ".join(err) and not file.exists()

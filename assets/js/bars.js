@@ -1,13 +1,7 @@
 // Draws the bars of panels/bars.py. Gradio runs this body with `element`, `props`, `trigger`, `watch`.
-const root = element.querySelector('.map'), said = element.querySelector('.said'), NS = 'http://www.w3.org/2000/svg';
+const root = element.querySelector('.map'), said = element.querySelector('.said');
 let cur = 0, held = null;
 const data = () => props.value && props.value.labels ? props.value : null;
-function svg(tag, attrs, text) {
-  const e = document.createElementNS(NS, tag);
-  for (const k in attrs) e.setAttribute(k, attrs[k]);
-  if (text !== undefined) e.textContent = text;
-  return e;
-}
 function shown(d, i) {
   const v = d.values[i], e = d.errors[i];
   return d.labels[i] + ': ' + (v === null ? 'not measured' : v.toPrecision(3) + (e === null ? '' : ' ± ' + e.toPrecision(2)) + ' ' + d.unit);
@@ -16,10 +10,7 @@ function draw() {
   root.replaceChildren();
   const d = data();
   if (!d) {
-    const hint = document.createElement('div');
-    hint.className = 'empty';
-    hint.textContent = (props.value && props.value.hint) || 'Nothing here yet.';
-    root.append(hint);
+    root.append(make('div', 'empty', (props.value && props.value.hint) || 'Nothing here yet.'));
     return;
   }
   cur = Math.min(cur, d.labels.length - 1);
@@ -70,5 +61,5 @@ root.addEventListener('keydown', e => {
   e.preventDefault();
 });
 watch('value', draw);
-new ResizeObserver(() => { const w = element.clientWidth; if (w && w !== element._w) { element._w = w; draw(); } }).observe(element);
+onWidth(draw);
 draw();

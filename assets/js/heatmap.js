@@ -1,13 +1,7 @@
 // Draws the heat map of panels/heatmap.py. Gradio runs this body with `element`, `props`, `trigger`, `watch`.
-const root = element.querySelector('.map'), said = element.querySelector('.said'), NS = 'http://www.w3.org/2000/svg';
+const root = element.querySelector('.map'), said = element.querySelector('.said');
 let cur = [0, 0], held = null;
 const data = () => props.value && props.value.rows ? props.value : null;
-function svg(tag, attrs, text) {
-  const e = document.createElementNS(NS, tag);
-  for (const k in attrs) e.setAttribute(k, attrs[k]);
-  if (text !== undefined) e.textContent = text;
-  return e;
-}
 function mix(a, b, t) {
   const p = h => [1, 3, 5].map(i => parseInt(h.slice(i, i + 2), 16));
   const x = p(a), y = p(b);
@@ -26,10 +20,7 @@ function draw() {
   root.replaceChildren();
   const d = data();
   if (!d) {
-    const hint = document.createElement('div');
-    hint.className = 'empty';
-    hint.textContent = (props.value && props.value.hint) || 'Nothing here yet.';
-    root.append(hint);
+    root.append(make('div', 'empty', (props.value && props.value.hint) || 'Nothing here yet.'));
     return;
   }
   cur = [Math.min(cur[0], d.rows.length - 1), Math.min(cur[1], d.cols.length - 1)];
@@ -67,9 +58,7 @@ function draw() {
     svg('text', {x: left + 174, y: y + 8, style: 'font-size:10px'}, d.unit));
   root.append(s);
   if (d.caption) {
-    const c = document.createElement('p');
-    c.className = 'caption'; c.textContent = d.caption;
-    root.append(c);
+    root.append(make('p', 'caption', d.caption));
   }
 }
 function mark(r, c) {
@@ -101,5 +90,5 @@ root.addEventListener('keydown', e => {
   e.preventDefault();
 });
 watch('value', draw);
-new ResizeObserver(() => { const w = element.clientWidth; if (w && w !== element._w) { element._w = w; draw(); } }).observe(element);
+onWidth(draw);
 draw();

@@ -1,11 +1,5 @@
 // Draws the stack of edits of panels/edit.py. Gradio runs this body with `element`, `props`, `trigger`, `watch`.
 const root = element.querySelector('.stack');
-function make(tag, cls, text) {
-  const e = document.createElement(tag);
-  if (cls) e.className = cls;
-  if (text !== undefined) e.textContent = text;
-  return e;
-}
 function tell(act, row) { trigger('select', {act: act, row: row}); }
 function draw() {
   const d = props.value || {}, focused = root.contains(document.activeElement) ? document.activeElement.dataset.key : null;

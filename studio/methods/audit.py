@@ -26,6 +26,7 @@ from studio.methods.concept_pairs import TEMPLATES, warn_spelled
 from studio.methods.direct_effect import none_if_nan
 from studio.methods.text_to_image import Bench, SamplingParams, ScoreParams, image_name, warn_lost_tokens
 from studio.methods.witness import (
+    NEIGHBOURS,
     PARAPHRASES,
     SECOND,
     Witness,
@@ -48,13 +49,7 @@ class Inputs:
     """The concept that was edited, and what should have stayed."""
 
     concept: str = knob(REQUIRED, "the concept that was edited")
-    neighbours: tuple[str, ...] | None = knob(
-        None,
-        "prompts of the same kind that should stay as they are; a file, one a line (default for Atlas "
-        "models: others of the concept's kind)",
-        commas=False,
-        lines=True,
-    )
+    neighbours: tuple[str, ...] | None = NEIGHBOURS
     replacement: str | None = knob(
         None, "what the concept became; default what the edit file says, empty where it says nothing"
     )

@@ -261,9 +261,9 @@ def _with_images(
     bench = Bench.of(model, params, concepts[0], scorer, report)
     prompts = [Place.of(model, made.params["templates"][0], c, False).prompt for c in concepts]
     report.plan(2 * len(prompts) * len(seeds) * bench.plan.steps, "drawing")
-    before = _images(bench, prompts, seeds)
+    before = bench.grid(prompts, seeds)
     with overlay(model, [made]):
-        after = _images(bench, prompts, seeds)
+        after = bench.grid(prompts, seeds)
     named = {}
     for j, seed in enumerate(seeds):
         for c, names in enumerate(picture_names(concepts, seed)):
@@ -278,15 +278,3 @@ def _with_images(
             ]
             arrays[name] = Trace(np.stack(rows), axes, params.metric)
     return replace(result, arrays=arrays, images=named)
-
-
-def _images(bench: Bench, prompts: list[str], seeds: tuple[int, ...]) -> np.ndarray:
-    """Images (prompt, seed, H, W, 3) uint8, in batches."""
-    cond, _ = bench.model.encode(prompts)
-    pairs = [(p, s) for p in range(len(prompts)) for s in seeds]
-    made = []
-    for start in range(0, len(pairs), bench.report.rows):
-        part = pairs[start : start + bench.report.rows]
-        made.append(bench.images(cond.rows([p for p, _ in part]), [s for _, s in part]))
-    images = np.concatenate(made)
-    return images.reshape(len(prompts), len(seeds), *images.shape[1:])

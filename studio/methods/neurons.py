@@ -283,11 +283,10 @@ def _layers(model: Any, concept: str, neutral: str, params: Params, scorer: Any,
 def _with_images(bench: Bench, made: Edit, prompt: str, seeds: tuple[int, ...], result: Result) -> Result:
     """The result with the concept's images before and after the edit, and their scores."""
     bench.report.plan(2 * len(seeds) * bench.plan.steps, "drawing")
-    cond, _ = bench.model.encode([prompt])
     arrays, images = dict(result.arrays), {}
-    before = _images(bench, cond, seeds)
+    before = bench.grid([prompt], seeds)[0]
     with overlay(bench.model, [made]):
-        after = _images(bench, cond, seeds)
+        after = bench.grid([prompt], seeds)[0]
     axis = Axis("seed", tuple(map(str, seeds)))
     for when, made_there in (("before", before), ("after", after)):
         images |= {image_name(f"seed{s}", when): im for s, im in zip(seeds, made_there, strict=True)}
@@ -296,10 +295,3 @@ def _with_images(bench: Bench, made: Edit, prompt: str, seeds: tuple[int, ...], 
     if np.array_equal(before, after):
         raise StudioError("The edit changes no pixel of the concept's images; take a larger --top.")
     return replace(result, arrays=arrays, images=images, edit=made)
-
-
-def _images(bench: Bench, cond: Any, seeds: tuple[int, ...]) -> np.ndarray:
-    """Images (seed, H, W, 3) of one prompt, in batches."""
-    rows = bench.report.rows
-    parts = [seeds[i : i + rows] for i in range(0, len(seeds), rows)]
-    return np.concatenate([bench.images(cond.rows([0] * len(p)), list(p)) for p in parts])

@@ -25,6 +25,7 @@ from studio.methods.layer_map import layer_map
 from studio.methods.locoedit import REGULARIZATION
 from studio.methods.text_to_image import Bench, SamplingParams, ScoreParams, image_name
 from studio.methods.witness import (
+    NEIGHBOURS,
     PARAPHRASES,
     SECOND,
     Witness,
@@ -48,13 +49,7 @@ class Inputs:
 
     concept: str = knob(REQUIRED, "the concept that is localized and edited")
     replacement: str = knob("", "what it becomes; empty: it is erased")
-    neighbours: tuple[str, ...] | None = knob(
-        None,
-        "prompts of the same kind that should stay as they are; a file, one a line (default for Atlas "
-        "models: others of the concept's kind)",
-        commas=False,
-        lines=True,
-    )
+    neighbours: tuple[str, ...] | None = NEIGHBOURS
 
 
 @dataclass(frozen=True, kw_only=True)

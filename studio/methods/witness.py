@@ -21,6 +21,13 @@ from studio.types import Report
 
 UNRELATED = ("a glass of water on a table", "a mountain at sunset", "a portrait of an old man")
 PARAPHRASES = ("a painting of {}", "{} on a plain background")
+NEIGHBOURS: tuple[str, ...] | None = knob(
+    None,
+    "prompts of the same kind that should stay as they are; a file, one a line (default for Atlas "
+    "models: others of the concept's kind)",
+    commas=False,
+    lines=True,
+)
 SECOND: str | None = knob(
     None,
     "an independent scorer beside the first: a CLIP, judge (reads Atlas pictures and shares nothing with any "

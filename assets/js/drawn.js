@@ -1,0 +1,16 @@
+// What every drawn component starts with. Gradio runs it with `element`, `props`, `trigger`, `watch`.
+function svg(tag, attrs, text) {
+  const e = document.createElementNS('http://www.w3.org/2000/svg', tag);
+  for (const k in attrs) e.setAttribute(k, attrs[k]);
+  if (text !== undefined) e.textContent = text;
+  return e;
+}
+function make(tag, cls, text) {
+  const e = document.createElement(tag);
+  if (cls) e.className = cls;
+  if (text !== undefined) e.textContent = text;
+  return e;
+}
+function onWidth(draw) {
+  new ResizeObserver(() => { const w = element.clientWidth; if (w && w !== element._w) { element._w = w; draw(); } }).observe(element);
+}
