@@ -11,8 +11,9 @@ import numpy as np
 
 from studio.edits import Active, compose, overlay
 from studio.errors import RequestError
+from studio.exports import write_pipeline
 from studio.models.sites import stored_text_name
-from studio.store import write_pipeline, write_tensors
+from studio.store import write_tensors
 from studio.types import Edit
 
 TOLERANCE = 1e-6  # of the norm of a change: what float32 deltas hold of it

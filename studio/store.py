@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import tempfile
+import time
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -28,7 +29,9 @@ from studio import figures
 from studio.errors import RequestError, StudioError
 from studio.types import Axis, Edit, Figure, Recipe, Result, Run, Trace
 
-_HIDDEN = ".partial-"
+HIDDEN = ".partial-"
+_DAY = 24 * 3600.0
+MOST_PASSING = 64  # edits that single clicks made
 EDIT_FILE = "edit.safetensors"  # in the folder of a run that made an edit
 
 
@@ -79,45 +82,78 @@ class Store:
         names = (f.name for f in self.root.iterdir() if (f / "run.json").is_file())
         return sorted((n for n in names if not n.startswith(".")), key=_natural, reverse=True)
 
-    def keep_edit(self, file: Path) -> str:
+    def keep_edit(self, file: Path, *, passing: bool = False) -> str:
         """Keeps a copy of an edit file under the hash of its bytes, which it returns: stacks name edits so,
-        whatever becomes of the run that made one."""
+        whatever becomes of the run that made one. passing: only a click looks at it, so it goes when it was
+        not used for a day or MOST_PASSING newer ones came, unless it is kept for good meanwhile."""
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        if not (target := self._edits / f"{digest}.safetensors").exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                copy_file(file, target)
-            except StudioError:
-                if not target.exists():
-                    raise
+        if self.has_edit(digest) and (passing or self._place(digest).parent == self._edits):
+            self._place(digest).touch()
+            return digest
+        target = (self._passing if passing else self._edits) / f"{digest}.safetensors"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            copy_file(file, target)
+        except StudioError:
+            if not target.exists():
+                raise
+        if passing:
+            self._drop(self._unused()[MOST_PASSING:])
         return digest
 
     def edit_file(self, digest: str) -> Path:
         """The file of an edit that was kept; RequestError when there is none."""
         if not self.has_edit(digest):
             raise RequestError("That edit is no longer in the store; make it again or load its file.")
-        return self._edits / f"{digest}.safetensors"
+        place = self._place(digest)
+        if place.parent == self._passing:
+            place.touch()
+        return place
 
     def has_edit(self, digest: str) -> bool:
         """Whether an edit of that hash is kept."""
-        return (
-            bool(re.fullmatch(r"[0-9a-f]{64}", digest)) and (self._edits / f"{digest}.safetensors").is_file()
-        )
+        return bool(re.fullmatch(r"[0-9a-f]{64}", digest)) and self._place(digest).is_file()
+
+    def _place(self, digest: str) -> Path:
+        name = f"{digest}.safetensors"
+        return self._edits / name if (self._edits / name).is_file() else self._passing / name
 
     @property
     def _edits(self) -> Path:
         return self.root / "edits"
 
+    @property
+    def _passing(self) -> Path:
+        return self._edits / "passing"
+
+    def _unused(self) -> list[Path]:
+        """Passing edits, the last used first."""
+        return sorted(self._passing.glob("*.safetensors"), key=_last_used, reverse=True)
+
+    def _drop(self, files: list[Path]) -> int:
+        for file in files:
+            file.unlink(missing_ok=True)
+        return len(files)
+
     def sweep_leftovers(self) -> int:
-        """Removes half-written folders of processes that are gone; returns how many."""
-        gone = 0
+        """Removes half-written folders of processes that are gone, and passing edits that were not used for
+        a day; returns how many of both."""
+        gone = self._drop([f for f in self._unused() if time.time() - _last_used(f) > _DAY])
         if self.root.is_dir():
-            for folder in self.root.glob(f"{_HIDDEN}*"):
-                pid = folder.name.removeprefix(_HIDDEN).split("-")[0]
+            for folder in self.root.glob(f"{HIDDEN}*"):
+                pid = folder.name.removeprefix(HIDDEN).split("-")[0]
                 if not pid.isdigit() or not _alive(int(pid)):
                     shutil.rmtree(folder, ignore_errors=True)
                     gone += 1
         return gone
+
+
+def _last_used(file: Path) -> float:
+    """When a file was made or touched, in seconds; 0 when it is gone."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _natural(name: str) -> list[str | int]:
@@ -151,7 +187,7 @@ def check_free(folder: Path) -> None:
     try:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        with tempfile.TemporaryDirectory(dir=parent, prefix=_HIDDEN):
+        with tempfile.TemporaryDirectory(dir=parent, prefix=HIDDEN):
             pass  # tried, not asked: for root os.access says yes to everything
     except OSError as error:
         raise RequestError(
@@ -169,7 +205,7 @@ def check_free_file(given: str, option: str, suffix: str) -> Path:
     if not os.path.isdir(path.absolute().parent):
         raise RequestError(f"{option}: there is no folder {path.absolute().parent}; make it first.")
     try:
-        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=_HIDDEN):
+        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=HIDDEN):
             pass
     except OSError as error:
         raise RequestError(f"{path} can't be written: {error.strerror}.") from error
@@ -178,7 +214,7 @@ def check_free_file(given: str, option: str, suffix: str) -> Path:
 
 def copy_file(source: Path, target: Path) -> None:
     """A copy of one file of a run, whole or not at all; StudioError when it can't be had."""
-    beside = target.parent / f"{_HIDDEN}{os.getpid()}-{secrets.token_hex(4)}-{target.name[:50]}"
+    beside = target.parent / f"{HIDDEN}{os.getpid()}-{secrets.token_hex(4)}-{target.name[:50]}"
     try:
         shutil.copyfile(source, beside)
         if os.path.lexists(target):
@@ -196,7 +232,7 @@ def write_run(run: Run, folder: Path, figure: Figure | None = None) -> None:
     """Writes a run folder beside its place and renames it; FileExistsError when the place is taken,
     StudioError on a full disk."""
     folder = Path(folder)
-    beside = folder.parent / f"{_HIDDEN}{os.getpid()}-{folder.name[:50]}"  # a long name must still fit
+    beside = folder.parent / f"{HIDDEN}{os.getpid()}-{folder.name[:50]}"  # a long name must still fit
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
@@ -255,7 +291,7 @@ def write_tensors(tensors: Mapping[str, np.ndarray], note: Mapping[str, str], pa
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
     head = json.dumps(header, ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
-    beside = path.parent / f"{_HIDDEN}{os.getpid()}-{path.name[:50]}"
+    beside = path.parent / f"{HIDDEN}{os.getpid()}-{path.name[:50]}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as opened:
@@ -268,20 +304,6 @@ def write_tensors(tensors: Mapping[str, np.ndarray], note: Mapping[str, str], pa
         raise StudioError(f"The edit could not be saved as {path}: {reason}.") from error
     finally:
         beside.unlink(missing_ok=True)
-
-
-def write_pipeline(pipe: Any, folder: Path) -> None:
-    """Writes a diffusers pipeline as a folder, beside its place first; StudioError when that fails."""
-    beside = folder.absolute().parent / f"{_HIDDEN}{os.getpid()}-{folder.name[:50]}"
-    try:
-        beside.parent.mkdir(parents=True, exist_ok=True)
-        pipe.save_pretrained(beside, safe_serialization=True)
-        beside.rename(folder)
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
-        raise StudioError(f"The model could not be saved as {folder}: {reason}.") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def as_record(run: Run) -> dict[str, Any]:
@@ -375,26 +397,3 @@ def read_run(folder: str | Path) -> Run:
             f"The run in {folder} is damaged and can't be read ({type(error).__name__}); other runs are not "
             "touched."
         ) from error
-
-
-def to_zip(folder: Path, target: Path) -> Path:
-    """The whole run folder as a zip file at `target`."""
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as out:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                out.write(file, Path(folder.name) / file.relative_to(folder))
-    return target
-
-
-def export(folder: Path, target: Path) -> dict[str, Path]:
-    """Copies a run's figures, its numbers as CSV and the whole run as zip to `target`; {format: file}."""
-    run = read_run(folder)
-    files = {
-        kind: Path(shutil.copy(folder / f"figure.{kind}", target / f"{folder.name}.{kind}"))
-        for kind in figures.FORMATS
-        if (folder / f"figure.{kind}").is_file()
-    }
-    files["csv"] = target / f"{folder.name}.csv"
-    files["csv"].write_text(figures.to_csv(run.result.arrays), encoding="utf-8")
-    files["zip"] = to_zip(folder, target / f"{folder.name}.zip")
-    return files

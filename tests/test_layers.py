@@ -14,7 +14,8 @@ import pytest
 TREE = Path(__file__).resolve().parent.parent
 LEVELS = {
     **dict.fromkeys(("studio.types", "studio.errors"), 0),
-    **dict.fromkeys(("studio.registry", "studio.measure", "studio.figures", "studio.store"), 1),
+    **dict.fromkeys(("studio.registry", "studio.measure", "studio.figures"), 1),
+    **dict.fromkeys(("studio.store", "studio.exports"), 1),
     "studio.models": 2,
     **dict.fromkeys(("studio.edits", "studio.edit_files", "studio.edit_export", "studio.solver_race"), 3),
     "studio.atlas": 3,
@@ -34,7 +35,8 @@ LEVELS = {
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.options", "launch"), 8),
 }
-WITHOUT_TORCH = ("types", "errors", "registry", "figures", "store", "measure")
+WRITING = ("store", "exports", "bench")
+WITHOUT_TORCH = ("types", "errors", "registry", "figures", "store", "exports", "measure")
 
 # (file, what is done there): why it may be.
 EXCEPTIONS = {
@@ -43,8 +45,6 @@ EXCEPTIONS = {
     ("studio/doctor.py", "write makedirs"): "doctor tries whether runs can be written",
     ("studio/doctor.py", "write TemporaryFile"): "doctor tries whether runs can be written",
     ("panels/server.py", "write mkdtemp"): "the web server's own temporary folder",
-    ("panels/widgets.py", "write mkdtemp"): "downloads are copied to a temporary folder by store.export",
-    ("panels/edit.py", "write mkdtemp"): "an edit to download is written to a temporary folder by the store",
     ("panels/localize.py", "write TemporaryDirectory"): "the store takes an edit over from there",
 }
 
@@ -147,8 +147,10 @@ def hooks(path: str, code: ast.Module, tree: Path) -> Iterator[str]:
 
 
 def writes(path: str, code: ast.Module, tree: Path) -> Iterator[str]:
-    """Writing outside the store, the benchmark and the training of Atlas."""
-    if path in ("studio/store.py", "studio/bench.py") or path.startswith("studio/atlas/"):
+    """Writing outside the store, what it offers for download, the benchmark and the training of Atlas."""
+    if path in ("studio/store.py", "studio/exports.py", "studio/bench.py") or path.startswith(
+        "studio/atlas/"
+    ):
         return
     for name, call in calls(code):
         last = name.split(".")[-1]

@@ -20,7 +20,8 @@ import pytest
 
 from studio import store
 from studio.errors import RequestError, StudioError
-from studio.store import Store, check_free, export, read_run, write_run
+from studio.exports import export
+from studio.store import Store, check_free, read_run, write_run
 from studio.types import Axis, Figure, Recipe, Result, Run, Trace
 
 RED = np.tile(np.array((255, 0, 0), np.uint8), (4, 6, 1))

@@ -1,0 +1,98 @@
+"""What leaves the store: copies to download, each in a temporary folder that is deleted when it is old, and
+pipeline folders for other programs.
+
+The web server copies what it offers, so a folder is needed for as long as its request lasts.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import stat
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from studio import figures
+from studio.errors import StudioError
+from studio.store import HIDDEN, read_run
+
+_PREFIX = "locus-export-"
+DAY = 24 * 3600.0
+MOST = 32  # folders that are kept, of all studios of this person
+
+
+def new_folder() -> Path:
+    """An empty temporary folder for one export; the oldest ones make room, so that MOST are left."""
+    made = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    _remove([p for p in _folders() if p != made][MOST - 1 :])  # times may tie
+    return made
+
+
+def sweep(older: float = DAY) -> int:
+    """Removes export folders that nothing was written to for so many seconds; returns how many."""
+    return _remove(p for p in _folders() if time.time() - _changed(p) > older)
+
+
+def _folders() -> list[Path]:
+    """Export folders that are there, the newest first. Links are none of them."""
+    found = Path(tempfile.gettempdir()).glob(f"{_PREFIX}*")
+    return sorted((p for p in found if _changed(p) > 0), key=_changed, reverse=True)
+
+
+def _changed(folder: Path) -> float:
+    """When something was last put into a folder, in seconds; 0 for what is gone or no folder."""
+    try:
+        found = folder.lstat()
+    except OSError:  # another studio removed it meanwhile
+        return 0.0
+    return found.st_mtime if stat.S_ISDIR(found.st_mode) else 0.0
+
+
+def _remove(folders: Iterable[Path]) -> int:
+    """Removes folders; how many of them are gone. Those of another person can't be, and stay."""
+    doomed = list(folders)
+    for folder in doomed:
+        shutil.rmtree(folder, ignore_errors=True)
+    return sum(not folder.exists() for folder in doomed)
+
+
+def to_zip(folder: Path, target: Path) -> Path:
+    """The whole run folder as a zip file at `target`."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as out:
+        for file in sorted(folder.rglob("*")):
+            if file.is_file():
+                out.write(file, Path(folder.name) / file.relative_to(folder))
+    return target
+
+
+def export(folder: Path, target: Path) -> dict[str, Path]:
+    """Copies a run's figures, its numbers as CSV and the whole run as zip to `target`; {format: file}."""
+    run = read_run(folder)
+    files = {
+        kind: Path(shutil.copy(folder / f"figure.{kind}", target / f"{folder.name}.{kind}"))
+        for kind in figures.FORMATS
+        if (folder / f"figure.{kind}").is_file()
+    }
+    files["csv"] = target / f"{folder.name}.csv"
+    files["csv"].write_text(figures.to_csv(run.result.arrays), encoding="utf-8")
+    files["zip"] = to_zip(folder, target / f"{folder.name}.zip")
+    return files
+
+
+def write_pipeline(pipe: Any, folder: Path) -> None:
+    """Writes a diffusers pipeline as a folder, beside its place first; StudioError when that fails."""
+    beside = folder.absolute().parent / f"{HIDDEN}{os.getpid()}-{folder.name[:50]}"
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        pipe.save_pretrained(beside, safe_serialization=True)
+        beside.rename(folder)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
+        raise StudioError(f"The model could not be saved as {folder}: {reason}.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,120 @@
+"""What pages leave behind: export folders and the edits of single clicks go when they are old or many."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from studio import exports, store
+from studio.errors import RequestError
+from studio.exports import DAY, MOST, new_folder, sweep
+from studio.store import MOST_PASSING, Store
+
+
+@pytest.fixture(autouse=True)
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temporary folder of the test's own."""
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def age(path: Path, seconds: float) -> None:
+    """Makes a file or folder look so old."""
+    then = time.time() - seconds
+    os.utime(path, (then, then))
+
+
+def test_old_export_folders_are_swept_and_young_ones_and_others_stay(temporary: Path) -> None:
+    old, young = new_folder(), new_folder()
+    (old / "edit.safetensors").write_bytes(b"x")
+    other, file = temporary / "other", temporary / "locus-export-file"
+    other.mkdir()
+    file.touch()
+    for path in (old, other, file):
+        age(path, DAY + 60)
+    age(young, DAY - 60)
+    assert sweep() == 1
+    assert set(temporary.iterdir()) == {young, other, file}
+    assert sweep() == 0
+
+
+def test_a_link_that_looks_like_an_export_folder_is_not_followed(temporary: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "kept").touch()
+    (temporary / "locus-export-link").symlink_to(tmp_path / "mine")
+    age(tmp_path / "mine", 2 * DAY)
+    assert sweep() == 0 and (tmp_path / "mine" / "kept").exists()
+
+
+def test_the_number_of_export_folders_is_bounded_and_the_newest_stay(temporary: Path) -> None:
+    made = [new_folder() for _ in range(MOST)]
+    for i, folder in enumerate(made):
+        age(folder, 100 - i)
+    made += [new_folder(), new_folder()]
+    assert set(temporary.iterdir()) == set(made[2:]) and len(made[2:]) == MOST
+
+
+def test_folders_that_vanish_meanwhile_do_no_harm(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = temporary / "locus-export-gone"
+    monkeypatch.setattr(exports, "_folders", lambda: [gone])
+    assert exports._changed(gone) == 0.0
+    assert sweep() == 1  # it is not there, however it went
+
+
+def edit(folder: Path, content: str) -> Path:
+    """A file with this content."""
+    path = folder / "any.safetensors"
+    path.write_text(content)
+    return path
+
+
+def test_edits_of_clicks_are_swept_a_day_after_their_last_use(tmp_path: Path) -> None:
+    kept = Store(tmp_path / "runs")
+    first, used, own = (kept.keep_edit(edit(tmp_path, c), passing=c != "own") for c in ("a", "used", "own"))
+    for digest in (first, used, own):
+        age(kept.edit_file(digest), DAY + 60)
+    assert kept.edit_file(used).read_text() == "used"  # looked at again
+    assert kept.sweep_leftovers() == 1
+    assert not kept.has_edit(first) and kept.has_edit(used)
+    assert kept.has_edit(own)  # what is in somebody's stack is never swept
+    with pytest.raises(RequestError, match="That edit is no longer in the store; make it again"):
+        kept.edit_file(first)
+
+
+def test_an_edit_that_goes_into_a_stack_is_kept_for_good(tmp_path: Path) -> None:
+    kept = Store(tmp_path / "runs")
+    digest = kept.keep_edit(edit(tmp_path, "a"), passing=True)
+    assert kept.keep_edit(kept.edit_file(digest)) == digest
+    assert kept.keep_edit(edit(tmp_path, "a"), passing=True) == digest  # a click on it again changes nothing
+    for file in kept.root.rglob("*.safetensors"):
+        age(file, 2 * DAY)
+    kept.sweep_leftovers()
+    assert kept.edit_file(digest).read_text() == "a"
+    assert [f.parent.name for f in kept.root.rglob("*.safetensors")] == ["edits"]
+
+
+def test_the_number_of_edits_of_clicks_is_bounded(tmp_path: Path) -> None:
+    kept = Store(tmp_path / "runs")
+    made = []
+    for i in range(MOST_PASSING + 2):
+        made.append(kept.keep_edit(edit(tmp_path, str(i)), passing=True))
+        age(kept._place(made[-1]), 1000 - i)
+    assert [kept.has_edit(d) for d in made] == [False] * 2 + [True] * MOST_PASSING
+    assert kept.ids() == []  # and none of it looks like a run
+
+
+def test_a_click_on_an_edit_again_makes_it_young(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "MOST_PASSING", 2)
+    kept = Store(tmp_path / "runs")
+    first, second = (kept.keep_edit(edit(tmp_path, c), passing=True) for c in "ab")
+    age(kept._place(first), 20)
+    age(kept._place(second), 10)
+    assert kept.keep_edit(edit(tmp_path, "a"), passing=True) == first
+    third = kept.keep_edit(edit(tmp_path, "c"), passing=True)
+    assert [kept.has_edit(d) for d in (first, second, third)] == [True, False, True]
