@@ -21,7 +21,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from studio.errors import RequestError
-from studio.types import Figure, Result, Run
+from studio.types import Figure, Result, Run, Trace
 
 METHODS: dict[str, Method] = {}
 MAX_TEXT = 20_000  # characters of one text
@@ -81,6 +81,7 @@ class Method:
     check: Callable[..., None] | None
     saves: str = ""
     lays_edits: bool = False
+    combine: Callable[..., dict[str, Trace]] | None = None
 
     @property
     def endpoint(self) -> str:
@@ -108,15 +109,17 @@ def method(
     check: Callable[..., None] | None = None,
     saves: str = "",
     lays_edits: bool = False,
+    combine: Callable[..., dict[str, Trace]] | None = None,
 ) -> Callable:
     """Registers the decorated function. `check(inputs, params, seeds)` refuses a request before it is queued;
     `saves` says what the method makes that its command's --save writes to a file. `lays_edits`: the method
     lays the request's edits over by itself, from the keyword argument `edits` (audit.Stack); it needs some.
+    `combine(results)`: the method's own arrays over several prompts, which a sweep shows.
     """
 
     def register(run: Callable[..., Result]) -> Callable[..., Result]:
-        rest = (frozenset(needs), inputs, params, run, draw, seeds, check, saves, lays_edits)
-        METHODS[name] = Method(name, title, summary, paper, family, *rest)
+        rest = (frozenset(needs), inputs, params, run, draw, seeds, check, saves)
+        METHODS[name] = Method(name, title, summary, paper, family, *rest, lays_edits, combine)
         return run
 
     return register

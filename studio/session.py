@@ -163,17 +163,22 @@ class Session:
 
     def model(self, name: str, kind: str) -> Any:
         """A loaded model by name, from memory or from disk; the least recently used make room."""
-        source = locate(name, self.models_folder)
-        if source.kind != kind:
-            want = _KINDS.get(kind, kind)
-            own = _KINDS.get(source.kind) or f"a {source.family or source.kind} model"
-            raise RequestError(f"{name} is {own}, and {want} is needed here; see `locus models`.")
+        source = self.source(name, kind)
         key = (str(source.path.resolve()), source.fingerprint, self.dtype)
         if key not in self._loaded:
             self._make_room(source)
             self._loaded[key] = self._load(source)
         self._loaded.move_to_end(key)
         return self._loaded[key]
+
+    def source(self, name: str, kind: str) -> Source:
+        """Where a model of this kind is, before anything is loaded; RequestError when there is none."""
+        source = locate(name, self.models_folder)
+        if source.kind != kind:
+            want = _KINDS.get(kind, kind)
+            own = _KINDS.get(source.kind) or f"a {source.family or source.kind} model"
+            raise RequestError(f"{name} is {own}, and {want} is needed here; see `locus models`.")
+        return source
 
     def loaded(self) -> list[tuple[str, int]]:
         """(name, bytes) of the models in memory, least recently used first."""

@@ -112,6 +112,34 @@ def draw(run: Run) -> Figure:
     return Figure("bars", data, title=title)
 
 
+def combine(results: Sequence[Result]) -> dict[str, Trace]:
+    """Direct effects of a concept over several prompts, which are the unit: `direct_effect` and
+    `direct_effect_sem` (window) over the prompts' own means, `direct_effect_low` and `direct_effect_high`
+    (window), their 95 % interval by a nested bootstrap over prompts and seeds, `by_prompt` (prompt, window),
+    and `share` (window), the ratio of the mean effect to the mean effect of all layers."""
+    axes = [r.arrays["direct_effect"].axes if "direct_effect" in r.arrays else None for r in results]
+    if not results or axes[0] is None or any(a != axes[0] for a in axes):
+        raise RequestError("Only runs with the same windows can be combined; give each the same --window.")
+    kept = [{n: r.arrays[n].values for n in ("clean", "replaced", "all_layers")} for r in results]
+    effects = [k["clean"][:, None] - k["replaced"] for k in kept]
+    total = float(np.mean([mean_known((k["clean"] - k["all_layers"])[:, None])[0] for k in kept]))
+    means = np.stack([mean_known(e) for e in effects])
+    low, high = nested_bootstrap(effects)
+    values = {
+        "direct_effect": mean_known(means),
+        "direct_effect_sem": standard_error(means),
+        "direct_effect_low": low,
+        "direct_effect_high": high,
+    }
+    window, unit = axes[0], results[0].arrays["direct_effect"].unit
+    prompt = Axis("prompt", tuple(map(str, range(len(results)))))
+    share = ratio_of_means(values["direct_effect"], total)
+    return {name: Trace(v, window, unit) for name, v in values.items()} | {
+        "by_prompt": Trace(means, (prompt, *window), unit),
+        "share": Trace(share, window, "of all layers' effect"),
+    }
+
+
 @method(
     "localize",
     title="Localize a concept",
@@ -123,6 +151,7 @@ def draw(run: Run) -> Figure:
     params=Params,
     draw=draw,
     check=check,
+    combine=combine,
 )
 def localize(
     model: Any, inputs: Inputs, params: Params, seeds: tuple[int, ...], scorer: Any, report: Report
@@ -160,34 +189,6 @@ def verdict(search: Search, report: Report) -> None:
             f"No window has a larger effect than a paraphrase of the prompt has ({floor:.3g}); {best.label} "
             "is no finding. Take more seeds or a larger --window."
         )
-
-
-def combine(results: Sequence[Result]) -> dict[str, Trace]:
-    """Direct effects of a concept over several prompts, which are the unit: `direct_effect` and
-    `direct_effect_sem` (window) over the prompts' own means, `direct_effect_low` and `direct_effect_high`
-    (window), their 95 % interval by a nested bootstrap over prompts and seeds, `by_prompt` (prompt, window),
-    and `share` (window), the ratio of the mean effect to the mean effect of all layers."""
-    axes = [r.arrays["direct_effect"].axes for r in results]
-    if not results or any(a != axes[0] for a in axes):
-        raise RequestError("Only runs with the same windows can be combined; give each the same --window.")
-    kept = [{n: r.arrays[n].values for n in ("clean", "replaced", "all_layers")} for r in results]
-    effects = [k["clean"][:, None] - k["replaced"] for k in kept]
-    total = float(np.mean([mean_known((k["clean"] - k["all_layers"])[:, None])[0] for k in kept]))
-    means = np.stack([mean_known(e) for e in effects])
-    low, high = nested_bootstrap(effects)
-    values = {
-        "direct_effect": mean_known(means),
-        "direct_effect_sem": standard_error(means),
-        "direct_effect_low": low,
-        "direct_effect_high": high,
-    }
-    window, unit = axes[0], results[0].arrays["direct_effect"].unit
-    prompt = Axis("prompt", tuple(map(str, range(len(results)))))
-    share = ratio_of_means(values["direct_effect"], total)
-    return {name: Trace(v, window, unit) for name, v in values.items()} | {
-        "by_prompt": Trace(means, (prompt, *window), unit),
-        "share": Trace(share, window, "of all layers' effect"),
-    }
 
 
 def best_layers(
