@@ -31,7 +31,10 @@ FINGERPRINTS = SHIPPED / "fingerprints.json"
 class Options:
     """One sitting of training."""
 
-    name: Annotated[Literal["judge", "atlas-clip", "atlas-sd"], tyro.conf.Positional]
+    name: Annotated[
+        Literal["judge", "atlas-clip", "atlas-sd", "atlas-vit", "atlas-dino", "atlas-swin", "atlas-maxvit"],
+        tyro.conf.Positional,
+    ]
     """which model"""
     minutes: float = 60.0
     """how long this sitting may take"""
@@ -80,7 +83,8 @@ def _together(rank: int, options: Options, work: Path, meeting: Path) -> None:
 def _train(options: Options, work: Path) -> None:
     torch.set_num_threads(options.threads)
     device = pick_device(options.device)
-    {"judge": _judge, "atlas-clip": _clip, "atlas-sd": _diffusion}[options.name](options, device, work)
+    trainers = {"judge": _judge, "atlas-clip": _clip, "atlas-sd": _diffusion}
+    trainers.get(options.name, _vision)(options, device, work)
 
 
 def the_judge(work: Path, minutes: float = 5.0) -> Any:
@@ -137,6 +141,33 @@ def _clip(options: Options, device: str, work: Path) -> None:
         facts,
         {f"zero-shot {k}": v for k, v in right.items()},
         "python -m studio.atlas.measure atlas-clip",
+    )
+
+
+def _vision(options: Options, device: str, work: Path) -> None:
+    from studio.atlas.measure import measure
+    from studio.atlas.vision_models import RECIPES, load_vision, save_vision, train_vision
+
+    folder = SHIPPED / options.name
+    start = None if options.fresh else load_vision(folder)
+    net, done = train_vision(
+        options.name, options.minutes, work, seed=options.seed, lr=options.lr, start=start, device=device
+    )
+    save_vision(options.name, net, folder)
+    facts = {
+        "steps": done["steps"],
+        "pictures": done["pictures"],
+        "minutes in all": done["minutes"],
+        "seed": options.seed,
+        "device": device,
+    }
+    right = {f"linear probe: {k} (2,000 held-out renderings)": v for k, v in measure(options.name).items()}
+    _card(
+        options.name,
+        RECIPES[options.name].what,
+        facts,
+        right,
+        f"python -m studio.atlas.measure {options.name}",
     )
 
 

@@ -4,7 +4,7 @@ out."""
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from importlib.resources import files
 
 import numpy as np
@@ -125,3 +125,9 @@ def _place(count: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.
         chosen = np.array(layouts, np.float32)[rng.integers(len(layouts), size=len(rows))]
         centres[rows, : k + 1] = chosen + rng.uniform(-1.5, 1.5, size=chosen.shape)
     return centres, radius
+
+
+def placed_again(scenes: Scenes, rng: np.random.Generator) -> Scenes:
+    """The same scenes with their things at other places and of other sizes."""
+    centres, radius = _place(scenes.count, rng)
+    return replace(scenes, centres=centres, radius=radius)
