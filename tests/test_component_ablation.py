@@ -20,6 +20,7 @@ from studio.methods.component_ablation import (
     nearest_ratio,
     quota,
     ranked_edit,
+    ranked_share,
     ranks,
     unpack,
     zeroed,
@@ -94,9 +95,22 @@ def test_every_ratio_comes_from_the_ranks(scope: str) -> None:
     for ratio in (0.0, -1.0, 2.0, float("nan")):
         with pytest.raises(RequestError, match="The ratio must be above 0"):
             ranked_edit(model, stored, ratio)
+    stored.result.arrays["weight_rank"] = ranks(alphas, scope, 0.02)
+    stored.result.values["ranked_to"] = 0.02
+    want = mask_edit(model, alphas, nearest_ratio(0.01), scope, "erase", concept="x", base="y")
+    got = ranked_edit(model, stored, 0.01)
+    assert all(np.array_equal(d, want.deltas[n]) for n, d in got.deltas.items())
+    with pytest.raises(RequestError, match="at most 0.02, not 0.03"):
+        ranked_edit(model, stored, 0.03)
     stored.result.arrays.clear()
     with pytest.raises(RequestError, match="kept no ranks"):
         ranked_edit(model, stored, 0.1)
+
+
+def test_a_large_model_keeps_the_ranks_of_a_share() -> None:
+    sizes = {1_000: 1.0, 4_000_001: 0.2, 150_000_000: 0.2, 400_000_001: 0.0}
+    for n, share in sizes.items():
+        assert ranked_share({"a": torch.empty(n, device="meta")}) == share
 
 
 @pytest.mark.parametrize("objective", ["erase", "amplify"])

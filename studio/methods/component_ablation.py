@@ -18,7 +18,9 @@ from studio.errors import RequestError
 from studio.types import Axis, Edit, Run, Trace
 
 SCOPES = ("row", "matrix", "global")
-MOST_RANKED = 4_000_000  # weights whose ranks are kept with a run
+RANKED_WHOLE = 4_000_000  # up to so many weights a run keeps the ranks of all of them
+RANKED_SHARE = 0.2  # of more weights the ranks of this share, which leaves a file of about a byte each
+MOST_RANKED = 400_000_000  # more than these are not ranked
 _CODES, _PER_DECADE = 255, 50  # code c stands for the ratio 10 ** ((c - 255) / 50)
 
 
@@ -114,21 +116,27 @@ def zeroed(model: Any, taken: Mapping[str, Any]) -> Iterator[None]:
 # ---- ranks: every ratio from one array -------------------------------------------------------------------
 
 
-def ranks(alphas: Mapping[str, Any], scope: str) -> Trace:
-    """From which ratio on each weight is zeroed, `weight_rank` (row, column) uint8.
+def ranked_share(alphas: Mapping[str, Any]) -> float:
+    """Up to which ratio `ranks` go for so many weights; 0 where there are too many to rank."""
+    n = sum(a.numel() for a in alphas.values())
+    return 1.0 if n <= RANKED_WHOLE else RANKED_SHARE if n <= MOST_RANKED else 0.0
 
-    0: never (its attribution is not positive, or the place is padding); code c: from 10 ** ((c - 255) / 50)
-    on. Rows of all matrices one below the other in the order of `alphas`, labelled MATRIX.ROW by number;
-    narrow matrices are padded on the right.
+
+def ranks(alphas: Mapping[str, Any], scope: str, share: float = 1.0) -> Trace:
+    """From which ratio on, up to `share`, each weight is zeroed, `weight_rank` (row, column) uint8.
+
+    0: never (its attribution is not positive, its ratio is past the share, or the place is padding); code c:
+    from 10 ** ((c - 255) / 50) on. Rows of all matrices one below the other in the order of `alphas`,
+    labelled MATRIX.ROW by number; narrow matrices are padded on the right.
     """
     import torch
 
     tensors = [torch.as_tensor(a) for a in alphas.values()]
     if scope == "global":
-        whole = _codes(torch.cat([t.reshape(-1) for t in tensors])[None])[0]
+        whole = _codes(torch.cat([t.reshape(-1) for t in tensors])[None], share)[0]
         parts = whole.split([t.numel() for t in tensors])
     else:
-        parts = [_codes(t if scope == "row" else t.reshape(1, -1)) for t in tensors]
+        parts = [_codes(t if scope == "row" else t.reshape(1, -1), share) for t in tensors]
     wide = max(t.shape[1] for t in tensors)
     rows = [
         np.pad(p.reshape(t.shape).cpu().numpy(), ((0, 0), (0, wide - t.shape[1])))
@@ -139,17 +147,18 @@ def ranks(alphas: Mapping[str, Any], scope: str) -> Trace:
     return Trace(np.concatenate(rows), axes, "0: never zeroed; c: zeroed from ratio 10^((c-255)/50) on")
 
 
-def _codes(alpha: Any) -> Any:
-    """uint8 codes (groups, size) of attributions."""
+def _codes(alpha: Any, share: float) -> Any:
+    """uint8 codes (groups, size) of attributions; 0 past the largest `share` of each group."""
     import torch
 
     size = alpha.shape[1]
-    order = alpha.argsort(dim=1, descending=True, stable=True)
-    place = torch.empty_like(order)
-    place.scatter_(1, order, torch.arange(1, size + 1, device=order.device).expand_as(order))
+    order = alpha.topk(quota(share, size), dim=1).indices
     quotas = [quota(10 ** ((c - _CODES) / _PER_DECADE), size) for c in range(1, _CODES + 1)]
-    codes = torch.searchsorted(torch.tensor(quotas, device=alpha.device), place) + 1
-    return torch.where(alpha > 0, codes, 0).to(torch.uint8)
+    place = torch.arange(1, order.shape[1] + 1)
+    codes = (torch.searchsorted(torch.tensor(quotas), place) + 1).to(alpha.device, torch.uint8)
+    ranked = torch.zeros(alpha.shape, dtype=torch.uint8, device=alpha.device)
+    ranked.scatter_(1, order, codes.expand_as(order))
+    return torch.where(alpha > 0, ranked, 0)
 
 
 def nearest_ratio(ratio: float) -> float:
@@ -179,8 +188,9 @@ def ranked_edit(model: Any, run: Run, ratio: float, component: str | None = None
             f"This run kept no ranks (they are kept up to {MOST_RANKED:,} weights); run it again with the "
             "ratio that you want."
         )
-    if not 0 < ratio <= 1:
-        raise RequestError(f"The ratio must be above 0 and at most 1, not {ratio:g}.")
+    most = run.result.values.get("ranked_to", 1.0)
+    if not 0 < ratio <= most:
+        raise RequestError(f"The ratio must be above 0 and at most {most:g}, not {ratio:g}.")
     codes, row, taken = run.result.arrays["weight_rank"].values, 0, {}
     for name in run.result.values["matrices"]:
         tall, wide = _parameter(model, name).shape

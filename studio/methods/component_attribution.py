@@ -15,7 +15,7 @@ import numpy as np
 
 from studio.errors import RequestError
 from studio.measure import METRICS, standard_error
-from studio.methods.component_ablation import MOST_RANKED, SCOPES, mask_edit, masks, ranks, unpack, zeroed
+from studio.methods.component_ablation import SCOPES, mask_edit, masks, ranked_share, ranks, unpack, zeroed
 from studio.methods.text_to_image import Bench, SamplingParams, ScoreParams, image_name, warn_lost_tokens
 from studio.registry import REQUIRED, knob, method
 from studio.types import Axis, Edit, Figure, Report, Result, Run, Trace
@@ -181,9 +181,9 @@ class _Attribution:
         import torch
 
         alphas, params = self.objective.alphas(), self.params
-        if sum(a.numel() for a in alphas.values()) <= MOST_RANKED:
-            self.arrays["weight_rank"] = ranks(alphas, params.scope)
-            self.values["matrices"] = list(alphas)
+        if share := ranked_share(alphas):
+            self.arrays["weight_rank"] = ranks(alphas, params.scope, share)
+            self.values |= {"matrices": list(alphas), "ranked_to": share}
         if params.ratio == 0:
             return
         how = {"scope": params.scope, "objective": params.objective}
