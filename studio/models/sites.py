@@ -2,6 +2,7 @@
 
 Text encoders: transformers 5.6 and later flattened CLIPTextModel, CLIPTextModelWithProjection keeps
 `text_model`.
+Language models: transformers 5, where every block returns a plain tensor and every attention (out, weights).
 `named_modules()` lists a UNet's mid block last, so the order of its sites is taken from a dry run on the
 meta device.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -159,3 +161,93 @@ def stored_text_name(name: str) -> str:
 def text_norm(encoder: nn.Module) -> nn.Module:
     """The final layer norm."""
     return text_root(encoder).final_layer_norm
+
+
+# ---- language models ---------------------------------------------------------------------------------------
+
+LANGUAGE_KINDS = ("hidden", "attention", "mlp")
+
+
+@dataclass(frozen=True)
+class LanguageLayout:
+    """Module names of a causal language model: from its root `blocks`, `embedding` and `norm` (the final
+    one); from a block `attention` and `mlp`; from these the matrices that write into the residual
+    stream, `out` and `down`."""
+
+    blocks: str
+    attention: str
+    out: str
+    mlp: str
+    down: str
+    embedding: str
+    norm: str
+
+
+_ROOT = ("model.embed_tokens", "model.norm")
+_LLAMA = LanguageLayout("model.layers", "self_attn", "o_proj", "mlp", "down_proj", *_ROOT)
+LANGUAGE_LAYOUTS = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), _LLAMA),
+    "phi": LanguageLayout(
+        "model.layers", "self_attn", "dense", "mlp", "fc2", "model.embed_tokens", "model.final_layernorm"
+    ),
+    "gpt2": LanguageLayout(
+        "transformer.h", "attn", "c_proj", "mlp", "c_proj", "transformer.wte", "transformer.ln_f"
+    ),
+    "gpt_neox": LanguageLayout(
+        "gpt_neox.layers",
+        "attention",
+        "dense",
+        "mlp",
+        "dense_4h_to_h",
+        "gpt_neox.embed_in",
+        "gpt_neox.final_layer_norm",
+    ),
+}  # by model_type of transformers
+
+
+def language_name(family: str, site: Site) -> str:
+    """Name of the module whose output is the site. Kinds: embedding and norm of the whole model; hidden
+    (a block), attention, attention-out, mlp and mlp-down of a layer by its number."""
+    at = LANGUAGE_LAYOUTS[family]
+    if site.kind in ("embedding", "norm"):
+        return str(getattr(at, site.kind))
+    block = f"{at.blocks}.{int(site.layer)}"
+    return {
+        "hidden": block,
+        "attention": f"{block}.{at.attention}",
+        "attention-out": f"{block}.{at.attention}.{at.out}",
+        "mlp": f"{block}.{at.mlp}",
+        "mlp-down": f"{block}.{at.mlp}.{at.down}",
+    }[site.kind]
+
+
+def language_module(net: nn.Module, family: str, site: Site) -> nn.Module:
+    """The module whose output is the site."""
+    return net.get_submodule(language_name(family, site))
+
+
+def language_blocks(net: nn.Module, family: str) -> nn.ModuleList:
+    """The blocks of a causal language model, in execution order."""
+    return net.get_submodule(LANGUAGE_LAYOUTS[family].blocks)
+
+
+def language_norms(block: nn.Module) -> tuple[nn.Module, nn.Module | None, bool]:
+    """(what the attention of a block reads through, what its MLP does, whether both read the block's input
+    and so run in parallel); a parallel block without a second norm shares the first."""
+    first = block.ln_1 if hasattr(block, "ln_1") else block.input_layernorm
+    second = block.ln_2 if hasattr(block, "ln_2") else getattr(block, "post_attention_layernorm", None)
+    return first, second, bool(getattr(block, "use_parallel_residual", second is None))
+
+
+def language_rotary(net: nn.Module) -> nn.Module | None:
+    """The module that gives cosines and sines of positions (x, positions), None where positions are
+    embedded."""
+    return getattr(net.base_model, "rotary_emb", None)
+
+
+def written_matrix(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(weight (out, in), bias (out,) or None) of a linear module; GPT-2's Conv1D stores (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    return weight, module.bias
