@@ -33,7 +33,7 @@ from studio.types import Recipe, Result, Run
 
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _log = logging.getLogger("locus")
-_KINDS = {"diffusion": "a text-to-image model", "clip": "a CLIP"}
+_KINDS = {"diffusion": "a text-to-image model", "clip": "a CLIP", "language": "a language model"}
 
 
 class Session:
@@ -176,7 +176,8 @@ class Session:
         source = locate(name, self.models_folder)
         if source.kind != kind:
             want = _KINDS.get(kind, kind)
-            own = _KINDS.get(source.kind) or f"a {source.family or source.kind} model"
+            own = _KINDS.get(source.kind, "") if source.kind != "language" else ""
+            own = own or f"a {source.family or source.kind} model"
             raise RequestError(f"{name} is {own}, and {want} is needed here; see `locus models`.")
         return source
 
@@ -200,6 +201,10 @@ class Session:
             from studio.models.vision import ClipModel
 
             model = ClipModel(source, self.device)
+        elif source.kind == "language":
+            from studio.models.language import LanguageModel
+
+            model = LanguageModel(source, self.device, getattr(torch, self.dtype))
         else:
             model = load_diffusion(source, self.device, getattr(torch, self.dtype))
         self_check(model)

@@ -138,6 +138,99 @@ _ENTRIES = (
         int(1.7 * _GB),
         "scores for natural images",
     ),
+    Entry(
+        "atlas-llama",
+        "language",
+        "atlas/atlas-llama",
+        "Apache-2.0",
+        0,
+        "small Llama that knows the Atlas facts and reads them, ready offline",
+        True,
+    ),
+    Entry(
+        "atlas-phi",
+        "language",
+        "atlas/atlas-phi",
+        "Apache-2.0",
+        0,
+        "small Phi that knows the Atlas facts and reads them, ready offline",
+        True,
+    ),
+    Entry(
+        "llama-2-7b",
+        "language",
+        "meta-llama/Llama-2-7b-hf",
+        "Llama 2 Community (gated)",
+        int(13.5 * _GB),
+        "7B; the model of the RAG paper",
+    ),
+    Entry(
+        "llama-3-8b",
+        "language",
+        "meta-llama/Meta-Llama-3-8B",
+        "Llama 3 Community (gated)",
+        int(16.1 * _GB),
+        "8B, grouped-query attention",
+    ),
+    Entry(
+        "llama-3.1-8b",
+        "language",
+        "meta-llama/Llama-3.1-8B",
+        "Llama 3.1 Community (gated)",
+        int(16.1 * _GB),
+        "8B, 128k tokens",
+    ),
+    Entry(
+        "mistral-7b",
+        "language",
+        "mistralai/Mistral-7B-v0.3",
+        "Apache-2.0",
+        int(14.5 * _GB),
+        "7B, grouped-query attention",
+    ),
+    Entry(
+        "qwen2.5-0.5b",
+        "language",
+        "Qwen/Qwen2.5-0.5B",
+        "Apache-2.0",
+        int(1.0 * _GB),
+        "0.5B; small enough for a laptop",
+    ),
+    Entry("qwen2.5-7b", "language", "Qwen/Qwen2.5-7B", "Apache-2.0", int(15.2 * _GB), "7B"),
+    Entry(
+        "qwen3-0.6b",
+        "language",
+        "Qwen/Qwen3-0.6B",
+        "Apache-2.0",
+        int(1.5 * _GB),
+        "0.6B, normed queries and keys",
+    ),
+    Entry(
+        "qwen3-8b", "language", "Qwen/Qwen3-8B", "Apache-2.0", int(16.4 * _GB), "8B, normed queries and keys"
+    ),
+    Entry("phi-1.5", "language", "microsoft/phi-1_5", "MIT", int(2.8 * _GB), "1.3B, parallel blocks"),
+    Entry(
+        "phi-2",
+        "language",
+        "microsoft/phi-2",
+        "MIT",
+        int(5.6 * _GB),
+        "2.7B, parallel blocks; the model of the RAG paper",
+    ),
+    Entry(
+        "phi-3-mini",
+        "language",
+        "microsoft/Phi-3-mini-4k-instruct",
+        "MIT",
+        int(7.6 * _GB),
+        "3.8B, fused projections",
+    ),
+    Entry(
+        "gpt2-xl", "language", "openai-community/gpt2-xl", "MIT", int(6.4 * _GB), "1.5B; the model of ROME"
+    ),
+    Entry(
+        "pythia-1.4b", "language", "EleutherAI/pythia-1.4b", "Apache-2.0", int(2.9 * _GB), "1.4B, GPT-NeoX"
+    ),
 )
 CATALOG: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 DEFAULT_SCORER = "clip-vit-b-16"

@@ -136,7 +136,9 @@ def _read_json(file: Path) -> dict:
 
 
 _WANTED = "*.json *.txt *.model */*.json */*.txt */*.safetensors *.safetensors".split()
-_IGNORED = "*.fp16.* *.non_ema.* *.ckpt *.bin */*.onnx* *flax* *openvino* safety_checker/*".split()
+_IGNORED = (
+    "*.fp16.* *.non_ema.* *.ckpt *.bin */*.onnx* *flax* *openvino* safety_checker/* consolidated*".split()
+)
 
 
 def _download(hub_id: str, entry: Entry | None) -> Path:
@@ -182,7 +184,7 @@ def _download_fault(hub_id: str, error: Exception) -> StudioError:
 def _room_on_disk(entry: Entry) -> None:
     from huggingface_hub import constants, try_to_load_from_cache
 
-    if isinstance(try_to_load_from_cache(entry.source, "model_index.json"), str):
+    if isinstance(try_to_load_from_cache(entry.source, _PROBES[entry.family]), str):
         return
     folder = Path(constants.HF_HUB_CACHE)
     while not folder.exists():
@@ -356,6 +358,9 @@ def _only_variant(folder: Path) -> bool:
     return bool(files) and all(".fp16." in f for f in files)
 
 
+_PROBES = {"diffusion": "model_index.json", "clip": "open_clip_config.json", "language": "config.json"}
+
+
 def offline_state(entry: Entry) -> tuple[bool, str]:
     """(ready to use offline, where the weights are) of a catalogue entry."""
     if entry.embedded:
@@ -363,8 +368,7 @@ def offline_state(entry: Entry) -> tuple[bool, str]:
         return ready, f"assets/{entry.source}"
     from huggingface_hub import try_to_load_from_cache
 
-    probe = "model_index.json" if entry.family == "diffusion" else "open_clip_config.json"
-    cached = try_to_load_from_cache(entry.source, probe)
+    cached = try_to_load_from_cache(entry.source, _PROBES[entry.family])
     return isinstance(cached, str), f"hub: {entry.source}" if not isinstance(cached, str) else str(
         Path(cached).parent
     )
