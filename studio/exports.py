@@ -6,6 +6,7 @@ The web server copies what it offers, so a folder is needed for as long as its r
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -82,6 +83,22 @@ def export(folder: Path, target: Path) -> dict[str, Path]:
     files["csv"].write_text(figures.to_csv(run.result.arrays), encoding="utf-8")
     files["zip"] = to_zip(folder, target / f"{folder.name}.zip")
     return files
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Writes one file beside its place and renames it, in the place of an older one; StudioError when that
+    fails."""
+    beside = path.absolute().parent / f"{HIDDEN}{os.getpid()}-{path.name[:50]}"
+    try:
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_bytes(content)
+        beside.replace(path)
+    except OSError as error:
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
+        raise StudioError(f"{path} could not be written: {reason}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def write_pipeline(pipe: Any, folder: Path) -> None:

@@ -222,10 +222,10 @@ def to_csv(arrays: Mapping[str, Trace]) -> str:
         for index in np.ndindex(trace.values.shape):
             place = "; ".join(f"{a.name}={a.labels[i]}" for a, i in zip(trace.axes, index, strict=True))
             value = f"{float(trace.values[index]):.9g}"
-            writer.writerow([_harmless(name), _harmless(place), value, _harmless(trace.unit)])
+            writer.writerow([harmless(name), harmless(place), value, harmless(trace.unit)])
     return out.getvalue()
 
 
-def _harmless(text: str) -> str:
+def harmless(text: str) -> str:
     """A text that a spreadsheet won't take for a formula."""
     return "'" + text if text.startswith(("=", "+", "-", "@")) else text

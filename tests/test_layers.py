@@ -27,6 +27,9 @@ LEVELS = {
             "studio.provenance",
             "studio.replay",
             "studio.runners",
+            "studio.sweep",
+            "studio.sweep_file",
+            "studio.sweep_tables",
             "studio.doctor",
         ),
         5,
@@ -44,6 +47,7 @@ EXCEPTIONS = {
     ("studio/figures.py", "write savefig"): "draws into memory",
     ("studio/doctor.py", "write makedirs"): "doctor tries whether runs can be written",
     ("studio/doctor.py", "write TemporaryFile"): "doctor tries whether runs can be written",
+    ("studio/runners.py", "write TemporaryDirectory"): "Ray's own files, for as long as its cluster lives",
     ("panels/server.py", "write mkdtemp"): "the web server's own temporary folder",
     ("panels/localize.py", "write TemporaryDirectory"): "the store takes an edit over from there",
 }
