@@ -25,6 +25,7 @@ class Tape:
         self.row_offset = 0
         self.touched: set[Site] = set()
         self.read: dict[Site, torch.Tensor] = {}  # what the modules of `inputs` were given
+        self.rest: dict[Site, tuple[tuple, dict[str, Any]]] = {}  # their other arguments, to call them again
         self._kept: dict[Site, torch.Tensor] = {}
 
     def __getitem__(self, site: Site | str) -> torch.Tensor:
@@ -74,7 +75,7 @@ def watch(
             if held := _held(by_site.get(site, [])):
                 handles.append(modules[site].register_forward_pre_hook(_rest(held)))
         for site in inputs:
-            handles.append(modules[site].register_forward_pre_hook(_reader(tape, site)))
+            handles.append(modules[site].register_forward_pre_hook(_reader(tape, site), with_kwargs=True))
         yield tape
     finally:
         for handle in handles:
@@ -105,8 +106,8 @@ def _hook(tape: Tape, site: Site, patches: list[Patch], keep: bool) -> Callable:
 def _reader(tape: Tape, site: Site) -> Callable:
     """Keeps what the module reads."""
 
-    def hook(module: nn.Module, args: Any) -> None:
-        tape.read[site] = args[0].detach()
+    def hook(module: nn.Module, args: Any, options: dict[str, Any]) -> None:
+        tape.read[site], tape.rest[site] = args[0].detach(), (args[1:], options)
 
     return hook
 
