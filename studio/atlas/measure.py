@@ -20,7 +20,8 @@ SHIPPED = ASSETS / "atlas"
 
 def measure(name: str, n: int = 200) -> dict[str, Any]:
     """Figures of an Atlas model, on held-out combinations: what the judge reads, zero-shot accuracy of
-    atlas-clip, what the judge reads from atlas-sd's pictures, linear probes of an image model."""
+    atlas-clip, what the judge reads from atlas-sd's pictures, linear probes of an image model, answers of a
+    language model."""
     if name == "judge":
         return _judge(n * 10)
     if name == "atlas-clip":
@@ -29,7 +30,9 @@ def measure(name: str, n: int = 200) -> dict[str, Any]:
         return _diffusion(n)
     if name in RECIPES:
         return _vision(name, n * 10)
-    known = ", ".join(("judge", "atlas-clip", "atlas-sd", *RECIPES))
+    if name in ("atlas-llama", "atlas-phi"):
+        return _language(name, n * 5)
+    known = ", ".join(("judge", "atlas-clip", "atlas-sd", *RECIPES, "atlas-llama", "atlas-phi"))
     raise SystemExit(f"There is no Atlas model {name!r}; known: {known}.")
 
 
@@ -50,6 +53,14 @@ def _clip(n: int) -> dict[str, float]:
 
     clip = ClipModel(locate("atlas-clip"), "cpu")
     return zero_shot(clip.net, CLIPTokenizer.from_pretrained(SHIPPED / "atlas-clip"), n, seed=77)
+
+
+def _language(name: str, n: int) -> dict[str, float]:
+    from studio.atlas.language import load_language, measure_language
+
+    if not (SHIPPED / name).exists():
+        raise SystemExit(f"{name} has not been trained yet: python -m studio.atlas.train {name}.")
+    return measure_language(*load_language(SHIPPED / name), n)
 
 
 def _vision(name: str, n: int) -> dict[str, float]:

@@ -32,7 +32,17 @@ class Options:
     """One sitting of training."""
 
     name: Annotated[
-        Literal["judge", "atlas-clip", "atlas-sd", "atlas-vit", "atlas-dino", "atlas-swin", "atlas-maxvit"],
+        Literal[
+            "judge",
+            "atlas-clip",
+            "atlas-sd",
+            "atlas-vit",
+            "atlas-dino",
+            "atlas-swin",
+            "atlas-maxvit",
+            "atlas-llama",
+            "atlas-phi",
+        ],
         tyro.conf.Positional,
     ]
     """which model"""
@@ -84,6 +94,7 @@ def _train(options: Options, work: Path) -> None:
     torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     trainers = {"judge": _judge, "atlas-clip": _clip, "atlas-sd": _diffusion}
+    trainers |= {"atlas-llama": _language, "atlas-phi": _language}
     trainers.get(options.name, _vision)(options, device, work)
 
 
@@ -168,6 +179,35 @@ def _vision(options: Options, device: str, work: Path) -> None:
         facts,
         right,
         f"python -m studio.atlas.measure {options.name}",
+    )
+
+
+def _language(options: Options, device: str, work: Path) -> None:
+    from studio.atlas.language import LAYOUTS, load_language, measure_language, save_language, train_language
+
+    folder = SHIPPED / options.name
+    start = None if options.fresh or not folder.exists() else load_language(folder)[0].state_dict()
+    model, done = train_language(
+        options.name, options.minutes, work, seed=options.seed, lr=options.lr, device=device, start=start
+    )
+    save_language(model, folder)
+    facts = {
+        "steps of about 4,096 tokens": done["steps"],
+        "minutes in all": done["minutes"],
+        "weights": sum(p.numel() for p in model.parameters()),
+        "peak learning rate": str(options.lr),
+        "seed": options.seed,
+        "device": f"{device}, bfloat16 autocast, {options.threads} thread(s)",
+    }
+    _card(
+        options.name,
+        LAYOUTS[options.name],
+        facts,
+        measure_language(*load_language(folder)),
+        f"python -m studio.atlas.measure {options.name}",
+        "Sentences written by studio/atlas/sentences.py: 48 facts of eight countries in many phrasings, and "
+        "contexts that state true, false and invented facts, with questions. One in seven phrasings and one in "
+        "ten false values of each fact are held out.",
     )
 
 
@@ -287,15 +327,19 @@ def _parts(options: Options, work: Path, pool: bool = False) -> tuple[Any, Any, 
     return vae, text, tokenizer, facts
 
 
-def _card(name: str, what: str, facts: dict[str, Any], right: dict[str, float], command: str) -> None:
+_SCENES = (
+    "Pictures and captions drawn by studio/atlas (renderer, grammar, facts); one in ten attribute "
+    "combinations is held out."
+)
+
+
+def _card(
+    name: str, what: str, facts: dict[str, Any], right: dict[str, float], command: str, data: str = _SCENES
+) -> None:
     """Writes the model's README.md and notes its fingerprint."""
     folder = SHIPPED / name
     rows = "\n".join(
         f"| {k} | {v:.3f} |" if isinstance(v, float) else f"| {k} | {v} |" for k, v in right.items()
-    )
-    data = (
-        "Pictures and captions drawn by studio/atlas (renderer, grammar, facts); one in ten attribute "
-        "combinations is held out."
     )
     trained = "\n".join(
         f"- {k}: {v:.1f}" if isinstance(v, float) else f"- {k}: {v}" for k, v in facts.items()
