@@ -3,9 +3,9 @@ labels).
 
 Supervised: one linear head whose 30 logits are the values of the five attributes, cross-entropy on each
 (DeiT's recipe without its teacher, arXiv 2012.12877). Without labels: two views of a scene, which show the
-same things at other places and sizes, agree by VICReg (arXiv 2105.04906). As colour alone would tell most
-scenes apart, every second pair has its colours mixed at random in one view and is compared through a
-projector of its own (LooC, arXiv 2008.05659), so that shape has to be seen.
+same things at other places and sizes, find one another (SimCLR, arXiv 2002.05709). As colour alone would tell
+most scenes apart, every second pair has one view recoloured at random and is compared through a projector of
+its own (LooC, arXiv 2008.05659), so that shape has to be seen.
 Plain patches learn shapes slowly, so both ViTs have a convolutional stem of stride 4 (specs/atlas.md).
 """
 
@@ -50,11 +50,11 @@ RECIPES: Mapping[str, VisionRecipe] = {
     ),
     "atlas-dino": VisionRecipe(
         _STEM,
-        {**_VIT, "reg_tokens": 4, "init_values": 0.1},
+        {**_VIT, "reg_tokens": 4, "init_values": 0.5},
         False,
         "A ViT of the Atlas world trained without labels: six blocks of four heads with LayerScale, class "
-        "token, four registers, 64 patch tokens. VICReg on two views of a scene (other places and sizes, "
-        "noise; in every second pair the colours of one view are mixed).",
+        "token, four registers, 64 patch tokens. SimCLR on two views of a scene (other places and sizes, "
+        "noise; in every second pair one view is recoloured).",
     ),
     "atlas-swin": VisionRecipe(
         "swin_tiny_patch4_window7_224",
@@ -121,24 +121,21 @@ def noisy(x: torch.Tensor) -> torch.Tensor:
     return x * shade + 0.06 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)
 
 
-def colours_mixed(x: torch.Tensor) -> torch.Tensor:
-    """Images (N, 3, H, W) in -1..1 with their three channels turned and mirrored at random, so that colours
-    tell nothing and contrasts stay."""
-    turn, _ = torch.linalg.qr(torch.randn(len(x), 3, 3))
-    return torch.einsum("nij,njhw->nihw", turn, x)
+def recoloured(x: torch.Tensor) -> torch.Tensor:
+    """Images (N, 3, H, W) in other colours: each is seen through one random mixture of its channels, from its
+    darkest to its lightest pixel, and painted from one random colour to another in -1..1."""
+    grey = torch.einsum("nc,nchw->nhw", torch.randn(len(x), 3), x)[:, None]
+    low, high = grey.amin((2, 3), keepdim=True), grey.amax((2, 3), keepdim=True)
+    share = (grey - low) / (high - low).clamp(min=1e-6)
+    paper, ink = 2 * torch.rand(2, len(x), 3, 1, 1) - 1
+    return paper + share * (ink - paper)
 
 
-def vicreg(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """VICReg of two views' embeddings (N, D): 25 x distance, 25 x lacking deviation, 1 x covariance."""
-    a, b = a.float(), b.float()
-    total = 25 * nn.functional.mse_loss(a, b)
-    for z in (a, b):
-        z = z - z.mean(0)
-        covariance = z.T @ z / (len(z) - 1)
-        spread = (covariance.diagonal() + 1e-4).sqrt()
-        off = covariance - torch.diag(covariance.diagonal())
-        total = total + 12.5 * torch.relu(1 - spread).mean() + off.square().sum() / z.shape[1]
-    return total
+def contrast(a: torch.Tensor, b: torch.Tensor, temperature: float = 0.2) -> torch.Tensor:
+    """SimCLR's loss (NT-Xent) of two views' embeddings (N, D): each of the 2N must find its other view."""
+    z = nn.functional.normalize(torch.cat([a, b]).float(), dim=1)
+    alike = (z @ z.T / temperature).masked_fill(torch.eye(len(z), dtype=torch.bool, device=z.device), -1e4)
+    return nn.functional.cross_entropy(alike, torch.arange(len(z), device=z.device).roll(len(a)))
 
 
 class Views(nn.Module):
@@ -163,20 +160,24 @@ class Views(nn.Module):
         n, half = len(first), len(first) // 2
         h = features(self.net, torch.cat([first, second]))
         pairs = [(h[:half], h[n : n + half]), (h[half:n], h[n + half :])]
-        same, mixed = (
-            vicreg(*p(torch.cat(pair)).chunk(2)) for p, pair in zip(self.projectors, pairs, strict=True)
+        same, other = (
+            contrast(*p(torch.cat(pair)).chunk(2)) for p, pair in zip(self.projectors, pairs, strict=True)
         )
         read = attribute_losses(self.probe(h[:n].detach()), labels)
         gauge = {f"probe {k}": float(v.detach()) for k, v in read.items()}
-        return same + mixed + sum(read.values()), {"same": float(same), "mixed": float(mixed), **gauge}
+        return same + other + sum(read.values()), {
+            "same": float(same.detach()),
+            "recoloured": float(other.detach()),
+            **gauge,
+        }
 
 
 def two_views(scenes: Scenes, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two views (N, 3, 64, 64) of each scene; in the second half of them the second view's colours are
-    mixed."""
+    """Two views (N, 3, 64, 64) of each scene; in the second half of them the second view is
+    recoloured."""
     first, second = pixels(render(scenes)), pixels(render(placed_again(scenes, rng)))
     half = len(scenes) // 2
-    second = torch.cat([second[:half], colours_mixed(second[half:])])
+    second = torch.cat([second[:half], recoloured(second[half:])])
     return noisy(first), noisy(second)
 
 

@@ -63,6 +63,15 @@ _ENTRIES = (
         True,
     ),
     Entry(
+        "atlas-vit",
+        "vision",
+        "atlas/atlas-vit",
+        "Apache-2.0",
+        0,
+        "small supervised ViT of the Atlas world, ready offline",
+        True,
+    ),
+    Entry(
         "stable-diffusion-1.4",
         "diffusion",
         "CompVis/stable-diffusion-v1-4",
