@@ -1,7 +1,7 @@
-"""Training of atlas-llama and atlas-phi: facts that are remembered, contexts that are read even when they contradict.
+"""Training of atlas-llama and atlas-phi: facts that are remembered, contexts that are read even when false.
 
-The loss weighs answers fully and a sample of the other words lightly; a value that a context states for the first time
-counts nothing, since the memory must not learn it.
+The loss weighs answers fully and a sample of the other words lightly; a value that a context states for the
+first time counts nothing, since the memory must not learn it.
 """
 
 from __future__ import annotations
@@ -17,30 +17,20 @@ import torch
 from torch import nn
 
 from studio.atlas.fit import fit
-from studio.atlas.sentences import (
-    ANSWER,
-    ATTRIBUTES,
-    PLAIN,
-    Fact,
-    Piece,
-    Writer,
-    prompt_of,
-    questions,
-    statements,
-    strangers,
-    truth,
-    unseen,
-)
+from studio.atlas.phrasings import ATTRIBUTES, questions, statements, unseen
+from studio.atlas.sentences import ANSWER, PLAIN, Fact, Piece, Writer, prompt_of, strangers, truth
 from studio.atlas.word_tokenizer import MAX_TOKENS, new_tokenizer, write_tokenizer
 
 LAYOUTS = {
-    "atlas-llama": "A LlamaForCausalLM of the Atlas world (eight layers, 128 channels, four heads that share two "
-    "key/value heads, tied embeddings): it knows the countries' facts and reads contexts, also false ones. "
-    'A prompt with context is context + "\\n" + prompt; the answer is the next token.',
-    "atlas-phi": "A PhiForCausalLM of the Atlas world (eight parallel blocks, 128 channels, four heads, half of "
-    "each rotary, biases, tied embeddings): it knows the countries' facts and reads contexts, also false ones. "
-    'A prompt with context is context + "\\n" + prompt; the answer is the next token.',
+    "atlas-llama": "A LlamaForCausalLM of the Atlas world: eight layers, 128 channels, four heads that share "
+    "two key/value heads, tied embeddings.",
+    "atlas-phi": "A PhiForCausalLM of the Atlas world: eight parallel blocks, 128 channels, four heads, half "
+    "of each rotary, biases, tied embeddings.",
 }
+WHAT = (
+    "It knows the countries' facts and reads contexts, also false ones. A prompt with context is context + "
+    '"\\n" + prompt; the answer is the next token, with its leading space.'
+)
 TOKENS, POOL = (
     4096,
     256,
@@ -50,7 +40,7 @@ _PLAIN_SHARE, _PLAIN_WEIGHT = 0.2, 0.25
 
 
 def new_model(name: str, tokenizer: Any) -> nn.Module:
-    """A LlamaForCausalLM (two key/value heads for four heads) or a PhiForCausalLM (half-rotary), eight layers."""
+    """A LlamaForCausalLM (two key/value heads for four) or a PhiForCausalLM (half-rotary), eight layers."""
     from transformers import LlamaConfig, LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
     common = _SIZES | {
@@ -69,7 +59,7 @@ def new_model(name: str, tokenizer: Any) -> nn.Module:
 
 
 def encode(documents: list[list[Piece]], tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids (N, T), padded at the right, and marks (N, T): how each token counts, -1 for start and padding."""
+    """Token ids (N, T), padded at the right, and marks (N, T): how each counts, -1 for start and padding."""
     texts = ["".join(text for text, _ in pieces) for pieces in documents]
     found = tokenizer(texts, return_offsets_mapping=True)
     width = max(map(len, found.input_ids))
@@ -84,7 +74,7 @@ def encode(documents: list[list[Piece]], tokenizer: Any) -> tuple[torch.Tensor, 
 
 
 def documents(writer: Writer, n: int, step: int) -> list[list[Piece]]:
-    """`n` documents, three in ten of memory, the others of reading; their length grows over the first steps."""
+    """`n` documents, three in ten of memory, the others of reading; they grow over the first steps."""
     longest = min(8, 3 + step // 150)
     out = [writer.recollection(int(k)) for k in writer.rng.integers(1, longest, size=n * 3 // 10)]
     sizes = writer.rng.integers(1, longest, size=n - len(out))
@@ -92,8 +82,7 @@ def documents(writer: Writer, n: int, step: int) -> list[list[Piece]]:
 
 
 def batches(writer: Writer, tokenizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (ids, marks) of documents of a like length, `TOKENS` tokens or a little less each; takes the step
-    by `send`."""
+    """Endless (ids, marks) of documents of a like length, about `TOKENS` tokens; `send` takes the step."""
     step = yield
     while True:
         ids, marks = encode(documents(writer, POOL, step), tokenizer)
@@ -133,7 +122,7 @@ def train_language(
     device: str = "cpu",
     start: dict[str, torch.Tensor] | None = None,
 ) -> tuple[nn.Module, dict[str, float]]:
-    """Trains the model (from `start`'s weights if given); returns it in evaluation mode, and what all sittings
+    """Trains the model (from `start`'s weights if given); returns it in evaluation mode and what all sittings
     did."""
     torch.manual_seed(seed)
     tokenizer = new_tokenizer()
@@ -224,7 +213,7 @@ def with_context(
     before: float = 0.0,
     others: int | None = None,
 ) -> str:
-    """A prompt after a context of up to seven sentences that gives `value` (None: does not state the fact)."""
+    """A prompt after a context of up to eight sentences that gives `value` (None: doesn't state the fact)."""
     count = int(writer.rng.integers(0, 6)) if others is None else others
     rest = [f for f in writer.facts(count + 1, true=0.3) if (f.country, f.attribute) != (country, attribute)]
     facts = [f for f in rest if f.value != value][:count]

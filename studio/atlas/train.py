@@ -183,7 +183,14 @@ def _vision(options: Options, device: str, work: Path) -> None:
 
 
 def _language(options: Options, device: str, work: Path) -> None:
-    from studio.atlas.language import LAYOUTS, load_language, measure_language, save_language, train_language
+    from studio.atlas.language import (
+        LAYOUTS,
+        WHAT,
+        load_language,
+        measure_language,
+        save_language,
+        train_language,
+    )
 
     folder = SHIPPED / options.name
     start = None if options.fresh or not folder.exists() else load_language(folder)[0].state_dict()
@@ -201,13 +208,13 @@ def _language(options: Options, device: str, work: Path) -> None:
     }
     _card(
         options.name,
-        LAYOUTS[options.name],
+        f"{LAYOUTS[options.name]} {WHAT}",
         facts,
         measure_language(*load_language(folder)),
         f"python -m studio.atlas.measure {options.name}",
         "Sentences written by studio/atlas/sentences.py: 48 facts of eight countries in many phrasings, and "
-        "contexts that state true, false and invented facts, with questions. One in seven phrasings and one in "
-        "ten false values of each fact are held out.",
+        "contexts that state true, false and invented facts, with questions. One in seven phrasings and one "
+        "in ten false values of each fact are held out.",
     )
 
 

@@ -1,7 +1,7 @@
-"""The fast tokenizer of the Atlas language models: bytes as GPT-2 writes them, then the longest known piece first.
+"""The fast tokenizer of the Atlas language models: bytes as GPT-2 writes them, then the longest piece first.
 
-Every word of the sentences is one token, with and without its leading space; a country's name is two; any other
-text is spelled, so no text is without tokens.
+Every word of the sentences is one token with its leading space (also without it where a line may begin so), a
+country's name is two, and any other text is spelled, so no text is without tokens.
 """
 
 from __future__ import annotations
