@@ -163,6 +163,42 @@ def _new_value(patch: Patch, before: torch.Tensor, now: torch.Tensor, offset: in
     raise ValueError(f"unknown patch {patch.do!r}: zero, add, scale or copy, or hold for a whole site")
 
 
+@contextmanager
+def changed(
+    before: Mapping[nn.Module, Callable[[Any], Any]], after: Mapping[nn.Module, Callable[[Any, Any], Any]]
+) -> Iterator[None]:
+    """Calls before[module](what it reads) and after[module](what it reads, what it gives) while the block
+    lasts; what a function returns, unless None, takes that place. Of several arguments or results the first.
+    """
+    handles = []
+    try:
+        for module, see in before.items():
+            handles.append(module.register_forward_pre_hook(_before(see)))
+        for module, see in after.items():
+            handles.append(module.register_forward_hook(_after(see)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _before(see: Callable[[Any], Any]) -> Callable:
+    def hook(module: nn.Module, args: Any) -> Any:
+        new = see(args[0])
+        return None if new is None else (new, *args[1:])
+
+    return hook
+
+
+def _after(see: Callable[[Any, Any], Any]) -> Callable:
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        whole = isinstance(output, tuple)
+        new = see(args[0] if args else None, output[0] if whole else output)
+        return None if new is None else (new, *output[1:]) if whole else new
+
+    return hook
+
+
 def execution_order(modules: Mapping[str, nn.Module], call: Callable[[], Any]) -> list[str]:
     """Names of `modules` in the order in which `call()` first runs them; modules that do not run are left
     out."""

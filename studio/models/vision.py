@@ -59,6 +59,11 @@ class ClipModel:
         """Memory of the weights."""
         return parameter_bytes(self.net)
 
+    @property
+    def preprocess(self) -> Any:
+        """The model's own preprocessing of one PIL image."""
+        return self._pixels
+
     @torch.no_grad()
     def image_features(self, images: np.ndarray, chunk: int = 64) -> np.ndarray:
         """Unit vectors (N, D) float32 of images (N, H, W, 3) uint8."""
