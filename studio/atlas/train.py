@@ -83,7 +83,9 @@ def main(options: Options) -> None:
 
 
 def _together(rank: int, options: Options, work: Path, meeting: Path) -> None:
-    """One of several processes, which meet through a file."""
+    """One of several processes, which meet through a file. When the one that started them is killed, torch
+    sends SIGINT, which a shell's background job would ignore."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{meeting}", rank=rank, world_size=options.workers
     )
