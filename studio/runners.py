@@ -13,6 +13,7 @@ import secrets
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 from studio.errors import Cancelled, RequestError, StudioError
@@ -21,7 +22,7 @@ from studio.session import Session
 from studio.store import Store
 from studio.types import Recipe, Run
 
-MOST_WORKERS = 256
+_MOST_WORKERS = 256
 ATTEMPTS = 3  # workers that may die over one recipe
 _PATIENCE = 600.0  # seconds for the workers to start
 
@@ -61,15 +62,39 @@ class Local:
         """The session belongs to whoever made it."""
 
 
+def open_runner(session: Session, given: Mapping[str, Any], workers: int | None = None) -> Runner:
+    """The runner of the options engine ("local" or "ray"), address, device, dtype, batch and models. With
+    Ray the session here only checks recipes and holds the store. RequestError for what does not go together.
+    """
+    engine = given.get("engine", "local")
+    if engine not in ("local", "ray"):
+        raise RequestError(f"--engine must be local or ray, not {str(engine)[:40]!r}.")
+    if engine == "local":
+        if wrong := [n for n in ("address", "workers") if given.get(n)]:
+            raise RequestError(
+                f"--{wrong[0]} belongs to --engine ray; the local engine makes one run at a time."
+            )
+        return Local(session)
+    batch = int(given["batch"]) if given.get("batch") else None
+    models = str(session.models_folder.absolute()) if session.models_folder else None
+    options = {"device": given.get("device", "auto"), "dtype": given.get("dtype", "auto")}
+    options |= {"threads": session.threads, "batch": batch, "models": models}
+    return Ray(session.store, options, address=given.get("address"), workers=workers)
+
+
 class Worker:
     """A Session in a process of its own; it answers with ids and sentences, runs go through the store."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        self._session = Session(**options)
+        self._options = options
 
-    def ready(self) -> int:
-        """The process's id, once its session is there."""
-        return os.getpid()
+    @cached_property
+    def _session(self) -> Session:
+        return Session(**self._options)
+
+    def ready(self) -> tuple[str, str]:
+        """("ready", the device) once the session is there, or how its options were refused."""
+        return _told(lambda: self._session.device, "ready")
 
     def locate(self, name: str, kind: str) -> tuple[str, str]:
         """("found", name), or how it was refused and the sentence."""
@@ -121,8 +146,6 @@ class Ray:
         address: str | None = None,
         workers: int | None = None,
     ) -> None:
-        if workers is not None and not 1 <= workers <= MOST_WORKERS:
-            raise RequestError(f"--workers must be from 1 to {MOST_WORKERS}, not {workers}.")
         try:
             with _own_environment(private=address is None):
                 import ray
@@ -131,18 +154,16 @@ class Ray:
                 'Ray is not installed; install "locus-studio[ray]", or take --engine local.'
             ) from error
         self._ray, self._closed, self._opened = ray, threading.Event(), contextlib.ExitStack()
-        self._store = store
+        self._store, self._asking, self._calm = store, 0, threading.Condition()
+        self._free: queue.Queue[int] = queue.Queue()  # places of workers that nobody asks
+        self._workers: list[Any] = []
         threads = options.get("threads") or default_threads()
         self._options = {**options, "threads": threads, "runs": str(store.root.absolute())}
-        if address is None:
-            workers, gpus = self._start_cluster(workers, threads)
-        else:
-            workers, gpus = self._join_cluster(address, workers, threads)
-        self.workers = workers
-        demand = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": threads, "num_gpus": 0}
-        self._new = ray.remote(**demand, max_restarts=0)(Worker)
-        self._free: queue.Queue = queue.Queue()
         try:
+            start = self._start_cluster if address is None else partial(self._join_cluster, address)
+            self.workers, gpus = start(workers, threads)
+            demand = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": threads, "num_gpus": 0}
+            self._new = ray.remote(**demand, max_restarts=0)(Worker)
             self._hire()
         except BaseException:
             self.close()
@@ -165,7 +186,13 @@ class Ray:
 
     def close(self) -> None:
         """See Runner. A cluster that was there before stays, without our workers."""
+        if self._closed.is_set():
+            return
         self._closed.set()
+        for worker in self._workers:
+            self._ray.kill(worker)
+        with self._calm:  # whoever waits for a worker learns that it is gone before Ray goes
+            self._calm.wait_for(lambda: self._asking == 0, 30)
         self._opened.close()
 
     # ---- the cluster --------------------------------------------------------------------------------------
@@ -210,13 +237,12 @@ class Ray:
         on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
         room = gpus if on_gpu else cores // threads
         if not room or (workers or 1) > room:
-            self.close()
             what = "GPUs" if on_gpu else f"workers of {threads} threads"
             raise RequestError(
                 f"The Ray cluster has room for {room} {what}, and {workers or 1} are asked for; take fewer "
                 "--workers or --threads, or another --device."
             )
-        return workers or min(room, MOST_WORKERS), on_gpu
+        return workers or min(room, _MOST_WORKERS), on_gpu
 
     def _connect(self, address: str, **options: Any) -> None:
         if self._ray.is_initialized():
@@ -225,7 +251,6 @@ class Ray:
         try:
             self._ray.init(address, **quiet, **options)
         except Exception as error:  # Ray raises many kinds, down to those of gRPC
-            self._opened.close()
             reason = " ".join(str(error).split())[:200]
             if address == "local":
                 raise StudioError(f"Ray could not start on this machine: {reason}") from error
@@ -237,9 +262,9 @@ class Ray:
 
     def _hire(self) -> None:
         """Starts all workers and waits until each has its session."""
-        actors = [self._new.remote(self._options) for _ in range(self.workers)]
+        self._workers = [self._new.remote(self._options) for _ in range(self.workers)]
         try:
-            self._ray.get([a.ready.remote() for a in actors], timeout=_PATIENCE)
+            answers = self._ray.get([w.ready.remote() for w in self._workers], timeout=_PATIENCE)
         except self._ray.exceptions.RayError as error:
             cause = getattr(error, "cause", None) or error
             said = [line for line in str(cause).splitlines() if line.strip()][-1:] or [type(cause).__name__]
@@ -247,34 +272,43 @@ class Ray:
                 f"A Ray worker could not start ({said[0].strip()[:200]}); every machine of the cluster needs "
                 "the same locus-studio."
             ) from error
-        for actor in actors:
-            self._free.put(actor)
+        for place, answer in enumerate(answers):
+            _raised(*answer)
+            self._free.put(place)
 
     # ---- asking -------------------------------------------------------------------------------------------
 
     def _ask(self, what: Callable[[Any], Any]) -> tuple[str, str]:
         """A free worker's answer; another one takes over from a worker that has died."""
         for _ in range(ATTEMPTS):
-            worker = self._free.get()
-            if self._closed.is_set():
-                self._free.put(worker)
-                raise Cancelled
-            try:
-                return self._ray.get(what(worker))
-            except self._ray.exceptions.RayActorError as error:
-                if self._closed.is_set():
-                    raise Cancelled from error
-                worker = self._new.remote(self._options)
-            except Exception as error:
-                if self._closed.is_set():  # Ray went away under the question
-                    raise Cancelled from error
-                raise
-            finally:
-                self._free.put(worker)
+            with self._free_place() as place:
+                try:
+                    return self._ray.get(what(self._workers[place]))
+                except self._ray.exceptions.RayActorError as error:
+                    if self._closed.is_set():
+                        raise Cancelled from error
+                    self._ray.kill(self._workers[place])  # it may only be out of reach
+                    self._workers[place] = self._new.remote(self._options)
         raise StudioError(
             f"{ATTEMPTS} workers have died over this run, perhaps for want of memory; take fewer --workers "
             "or a smaller --batch."
         )
+
+    @contextlib.contextmanager
+    def _free_place(self) -> Iterator[int]:
+        """The place of a worker that nobody else asks meanwhile."""
+        place = self._free.get()
+        with self._calm:
+            self._asking += 1
+        try:
+            if self._closed.is_set():
+                raise Cancelled
+            yield place
+        finally:
+            with self._calm:
+                self._asking -= 1
+                self._calm.notify_all()
+            self._free.put(place)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """What a sweep found: one table of its runs, one of its arrays averaged over rows, and one figure.
 
 The unit is the row (a prompt): for every combination of the grid and every array the mean over rows of their
-means over seeds, its standard error over rows (ddof 1), and the 95 % interval of a nested bootstrap over rows
-and seeds. Only arrays whose axes are equal, label by label, are averaged; others make groups of their own.
+means over seeds, its standard error over rows (ddof 1), and from three rows on the 95 % interval of a nested
+bootstrap over rows and seeds (over seeds when there is one row). Only arrays whose axes are equal, label by label, are averaged; others make groups of their own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from studio.types import Axis, Figure, Result, Trace
 
 REPEATS = ("seed", "sample")  # axes of repeated measurements within one run
 _PARTS = ("sem", "low", "high")  # NAME_sem and so on say how sure an array NAME is
+FEWEST = 3  # rows for an interval
+MOST_ENTRIES = 50_000  # of an array of one run; larger ones stay in their runs
+_AT_ONCE = 2000  # cells whose bootstrap means are in memory together
 _MOST_CELLS = 60  # rows, and columns, of the figure
 
 
@@ -75,7 +78,7 @@ def _groups(traces: Sequence[Trace]) -> list[Mean]:
     """A Mean for every set of traces with equal axes, repeats left out of the comparison."""
     groups: dict[Any, list[Trace]] = {}
     for trace in traces:
-        if trace.values.dtype != np.uint8:  # images are not averaged
+        if trace.values.dtype != np.uint8 and 0 < trace.values.size <= MOST_ENTRIES:  # no images
             axes = tuple(a for a in trace.axes if a.name not in REPEATS)
             groups.setdefault((axes, trace.unit), []).append(trace)
     found = [_mean(axes, unit, members) for (axes, unit), members in groups.items()]
@@ -84,9 +87,9 @@ def _groups(traces: Sequence[Trace]) -> list[Mean]:
 
 def _mean(axes: tuple[Axis, ...], unit: str, traces: Sequence[Trace]) -> Mean:
     shape = tuple(len(a.labels) for a in axes)
-    units = [_repeats_first(t).reshape(-1, *shape) for t in traces]
+    units = [_repeats_first(t).reshape(-1, *shape) for t in traces]  # (repeat, *cell)
     means = np.stack([_known_mean(u) for u in units])
-    low, high = nested_bootstrap(units)
+    low, high = _interval(units)
     return Mean(
         Trace(_known_mean(means).astype(np.float32), axes, unit),
         np.asarray(standard_error(means)),
@@ -94,6 +97,19 @@ def _mean(axes: tuple[Axis, ...], unit: str, traces: Sequence[Trace]) -> Mean:
         high,
         len(traces),
     )
+
+
+def _interval(units: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """nested_bootstrap, some cells at a time, which draws the same rows and seeds for all of them; NaN for
+    fewer than three rows (three seeds of one row)."""
+    if max(len(units), len(units[0]) if len(units) == 1 else 0) < FEWEST:
+        gap = np.full(units[0].shape[1:], np.nan, np.float32)
+        return gap, gap
+    flat = [u.reshape(len(u), -1) for u in units]
+    starts = range(0, flat[0].shape[1], _AT_ONCE)
+    parts = [nested_bootstrap([f[:, i : i + _AT_ONCE] for f in flat]) for i in starts]
+    low, high = (np.concatenate(ends).reshape(units[0].shape[1:]) for ends in zip(*parts, strict=True))
+    return low, high
 
 
 def _repeats_first(trace: Trace) -> np.ndarray:
@@ -114,7 +130,7 @@ def _known_mean(values: np.ndarray) -> np.ndarray:
 def runs_table(rows: Sequence[tuple[Mapping[str, Any], Result | None]]) -> str:
     """CSV, one line a run: what is told of it, then its numbers: values that are numbers, arrays that are
     one number (its mean over repeats), and of every other array the largest entry and where it stands."""
-    lines = [{**told, **(_numbers(result) if result else {})} for told, result in rows]
+    lines = [{**told, **_others(_numbers(result) if result else {}, told)} for told, result in rows]
     out = io.StringIO()
     writer = csv.DictWriter(out, list(dict.fromkeys(k for line in lines for k in line)), restval="")
     writer.writerow({k: harmless(k) for k in writer.fieldnames})
@@ -123,14 +139,19 @@ def runs_table(rows: Sequence[tuple[Mapping[str, Any], Result | None]]) -> str:
     return out.getvalue()
 
 
+def _others(numbers: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in numbers.items() if k not in told}
+
+
 def _numbers(result: Result) -> dict[str, Any]:
     numeric = {
         k: v for k, v in result.values.items() if isinstance(v, int | float) and not isinstance(v, bool)
     }
     for name, trace in result.arrays.items():
-        if trace.values.dtype == np.uint8 or _part(name, result.arrays):
+        found = [] if _part(name, result.arrays) else _groups([trace])
+        if not found:
             continue
-        (mean,) = (m.mean for m in _groups([trace]))
+        mean = found[0].mean
         if not mean.axes:
             numeric[name] = float(mean.values)
         elif best := mean.best(1):
@@ -212,7 +233,7 @@ def _grid(title: str, kept: Sequence[tuple[str, Mean]], axes: tuple[Axis, ...], 
     cols = list(axes[-1].labels) if axes else ["mean"]
     values, bars, unit = np.stack(lines), np.stack(errors), kept[0][1].mean.unit
     if values.shape[1] == 1 and len(rows) > 1:  # one number a row reads better as bars
-        values, bars, cols, rows = values.T, bars.T, rows, cols
+        values, bars, cols, rows, axes = values.T, bars.T, rows, cols, ()
     keep = _largest(values)
     values, bars, cols = values[:_MOST_CELLS, keep], bars[:_MOST_CELLS, keep], [cols[i] for i in keep]
     last = axes[-1].name if axes else ""
