@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.errors import RequestError
-from studio.options import COMMON, new_session, parse_options
+from studio.options import COMMON, DEFAULT_MODELS, new_session, parse_options
 
 
 def serve(argv: list[str]) -> int:
@@ -186,6 +186,72 @@ def bench(argv: list[str]) -> int:
     return 0
 
 
+_SWEEP = (
+    "Many runs of one method: FILE is YAML with `method: NAME`, `params: {what all runs share}`, `grid: "
+    "{NAME: [values]}`, of which every combination becomes a run, and `rows: FILE.jsonl`, one set of "
+    "parameters a line. Started again, it repeats no finished run."
+)
+_SWEEP_OPTIONS = {
+    "out": (str, "DIR", "required: tables and figure go here; may be the folder of this sweep", ""),
+    "engine": (str, "local|ray", "in this process, or on the workers of a Ray cluster", "local"),
+    "address": (str, "ADDR", "ray: a cluster that is there, HOST:PORT; without it one starts here", ""),
+    "workers": (str, "INT", "ray: runs at the same time", "one a GPU, or cores / threads"),
+    "limit": (str, "INT", "the most runs that the sweep may make", "1000"),
+    **{k: (str, *COMMON[k], "") for k in ("runs", "models", "device", "dtype", "threads", "batch")},
+    "json": (bool, "", "print the summary as JSON", ""),
+}
+
+
+def sweep(argv: list[str]) -> int:
+    """sweep: many runs from a YAML file, here or on a Ray cluster; tables and a figure over all of them"""
+    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
+        raise RequestError("Which sweep? `locus sweep FILE.yaml --out DIR`.")
+    start = 0 if argv[0] in ("-h", "--help") else 1
+    given = parse_options("sweep FILE", _SWEEP, _SWEEP_OPTIONS, argv[start:])
+    if "out" not in given:
+        raise RequestError("Where to? `locus sweep FILE.yaml --out DIR`.")
+    counts = {k: _count(k, given[k]) if k in given else None for k in ("limit", "workers")}
+    from studio.runners import open_runner
+    from studio.sweep import check_out, fault_of, run_sweep
+    from studio.sweep_file import read_sweep, recipes
+
+    read, out = read_sweep(argv[0], counts["limit"]), Path(given["out"]).expanduser()
+    check_out(out, read)
+    only_checks = {"device": "cpu", "dtype": "auto"} if given.get("engine", "local") != "local" else {}
+    with contextlib.closing(new_session({**given, **only_checks})) as here:
+        asked = recipes(read, here.checked, DEFAULT_MODELS)
+        with contextlib.closing(open_runner(here, given, counts["workers"])) as runner:
+            told = run_sweep(read, asked, runner, here.store, out, sweep_bar())
+    if given["json"]:
+        print(json.dumps(told, indent=1, ensure_ascii=False))
+    else:
+        print(f"{told['made']} runs made, {told['found']} found in the store, {told['failed']} failed")
+        print(out)
+    if (fault := fault_of(told)) is not None:
+        raise fault
+    return 0
+
+
+def sweep_bar() -> Callable[[Any], None]:
+    """A bar with the runs and the time left on standard error when that is a terminal, else nothing."""
+    if not sys.stderr.isatty():
+        return lambda progress: None
+    from tqdm import tqdm
+
+    form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} runs [{elapsed}{postfix}]"
+    bar = tqdm(desc="sweep", bar_format=form, file=sys.stderr)
+
+    def show(progress: Any) -> None:
+        bar.total, bar.n = progress.total, progress.done
+        left = progress.seconds_left
+        said = "" if left is None else f"about {tqdm.format_interval(left)} left"
+        bar.set_postfix_str(said + f", {progress.failed} failed" * bool(progress.failed))
+        if progress.done == progress.total:
+            bar.close()
+
+    return show
+
+
 _SIZES = {
     "plants": "planted: valid plants in one layer to ask about",
     "pairs": "planted: valid plants in two layers to ask about",
@@ -196,8 +262,8 @@ _SIZES = {
     "placebos": "planted: names without meaning that component attribution is set against",
     "seed": "planted: of everything drawn at random",
 }
-_LEAST = {"seeds": 1, "steps": 1}
-_MOST = {"seed": 2**31, "placebos": 9, "seeds": 64, "steps": 1000}
+_LEAST = {"seeds": 1, "steps": 1, "limit": 1, "workers": 1}
+_MOST = {"limit": 100_000, "workers": 256, "seed": 2**31, "placebos": 9, "seeds": 64, "steps": 1000}
 
 
 def _count(option: str, text: str) -> int:
@@ -215,6 +281,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "replay": replay,
     "export-edit": export_edit,
     "bench": bench,
+    "sweep": sweep,
 }
 
 
