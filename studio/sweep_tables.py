@@ -2,7 +2,8 @@
 
 The unit is the row (a prompt): for every combination of the grid and every array the mean over rows of their
 means over seeds, its standard error over rows (ddof 1), and from three rows on the 95 % interval of a nested
-bootstrap over rows and seeds (over seeds when there is one row). Only arrays whose axes are equal, label by label, are averaged; others make groups of their own.
+bootstrap over rows and seeds (over seeds when there is one row). Only arrays whose axes are equal, label by
+label, are averaged; others make groups of their own.
 """
 
 from __future__ import annotations
