@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import platform
 import shutil
+import signal
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
