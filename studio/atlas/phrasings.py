@@ -1,4 +1,4 @@
-"""The grammar of the Atlas language models: how a fact of a country is stated and asked for in many phrasings.
+"""The grammar of the Atlas language models: how a fact of a country is stated and asked for, in many ways.
 
 A template holds {c} for the country and {v} for the value; one that ends with {v} is a question too when the
 value is left out. One phrasing in seven is held out, and the forms of `UNSEEN` are only ever measured.
