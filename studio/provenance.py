@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from studio.edit_files import edit_hash, split_entry
+from studio.images import digest, image_files
 from studio.jobs import Job
 from studio.types import Result
 
-_LIBRARIES = ("locus-studio", "torch", "diffusers", "transformers", "open_clip_torch", "numpy")
+_LIBRARIES = ("locus-studio", "torch", "diffusers", "transformers", "open_clip_torch", "timm", "numpy")
 
 
 def laid(job: Job, scorer: Any) -> dict[str, Any]:
@@ -20,6 +21,16 @@ def laid(job: Job, scorer: Any) -> dict[str, Any]:
     found = {"edits": [edit_hash(split_entry(e)[0]) for e in job.recipe.edits]}
     found |= {"force": bool(job.options.get("force")), "scorer": scorer.fingerprint if scorer else None}
     return {k: v for k, v in found.items() if v}
+
+
+def files_read(inputs: Any, params: Any) -> str:
+    """A hash of the images and the aligner that a request names, since a file can change under its name;
+    "" when it names none."""
+    images, aligner = getattr(inputs, "images", None), getattr(params, "aligner", None)
+    if not images:
+        return ""
+    files, _ = image_files(images)
+    return digest([*files, *([Path(aligner).expanduser()] if aligner else [])])
 
 
 def origin(model: Any, name: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from studio.jobs import Job, JobQueue
 from studio.models.catalog import DEFAULT_SCORER
 from studio.models.device import default_threads, free_memory, pick_device
 from studio.models.loading import Source, home, load_diffusion, loaded_bytes, locate
-from studio.provenance import laid, origin, versions, with_warnings
+from studio.provenance import files_read, laid, origin, versions, with_warnings
 from studio.registry import Method, find_method, parse, plain
 from studio.store import Store, write_run
 from studio.types import Recipe, Result, Run
@@ -34,6 +34,7 @@ from studio.types import Recipe, Result, Run
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 _log = logging.getLogger("locus")
 _KINDS = {"diffusion": "a text-to-image model", "clip": "a CLIP", "language": "a language model"}
+_KINDS |= {"vision": "a vision transformer"}
 
 
 class Session:
@@ -164,17 +165,17 @@ class Session:
     def model(self, name: str, kind: str) -> Any:
         """A loaded model by name, from memory or from disk; the least recently used make room."""
         source = self.source(name, kind)
-        key = (str(source.path.resolve()), source.fingerprint, self.dtype)
+        key = (str(source.path.resolve()), source.fingerprint, self.dtype, kind)
         if key not in self._loaded:
             self._make_room(source)
-            self._loaded[key] = self._load(source)
+            self._loaded[key] = self._load(source, kind)
         self._loaded.move_to_end(key)
         return self._loaded[key]
 
     def source(self, name: str, kind: str) -> Source:
         """Where a model of this kind is, before anything is loaded; RequestError when there is none."""
         source = locate(name, self.models_folder)
-        if source.kind != kind:
+        if source.kind != kind and (kind, source.kind) != ("vision", "clip"):
             want = _KINDS.get(kind, kind)
             own = _KINDS.get(source.kind, "") if source.kind != "language" else ""
             own = own or f"a {source.family or source.kind} model"
@@ -192,12 +193,16 @@ class Session:
             del self._loaded[key]
         return bool(keys)
 
-    def _load(self, source: Source) -> Any:
+    def _load(self, source: Source, kind: str) -> Any:
         import torch
 
         from studio.models.base import self_check
 
-        if source.kind == "clip":
+        if kind == "vision":
+            from studio.models.vit import VisionModel
+
+            model = VisionModel(source, self.device, getattr(torch, self.dtype))
+        elif source.kind == "clip":
             from studio.models.vision import ClipModel
 
             model = ClipModel(source, self.device)
@@ -226,6 +231,8 @@ class Session:
             self._loaded.popitem(last=False)
 
     def _scorer(self, params: Any, model: Any, job: Job) -> Any:
+        if hasattr(params, "clip"):
+            return self.model(params.clip, "clip") if params.clip else None
         metric = getattr(params, "metric", None)
         if not getattr(params, "scored", metric not in (None, "distance")):
             return None
@@ -273,7 +280,7 @@ class Session:
             model.fingerprint,
             self.dtype,
             tuple(mark(self.shelf.open(entry)) for entry in recipe.edits),
-            (scorer.fingerprint if scorer else "") + second or None,
+            (scorer.fingerprint if scorer else "") + second + files_read(inputs, params) or None,
         )
         anew = job.options.get("fresh") or job.options.get("out") is not None
         if not anew and (found := self.store.find(key)):

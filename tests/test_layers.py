@@ -15,9 +15,10 @@ TREE = Path(__file__).resolve().parent.parent
 LEVELS = {
     **dict.fromkeys(("studio.types", "studio.errors"), 0),
     **dict.fromkeys(("studio.registry", "studio.measure", "studio.figures"), 1),
-    **dict.fromkeys(("studio.store", "studio.exports"), 1),
+    **dict.fromkeys(("studio.store", "studio.exports", "studio.images"), 1),
     "studio.models": 2,
     **dict.fromkeys(("studio.edits", "studio.edit_files", "studio.edit_export", "studio.solver_race"), 3),
+    "studio.vision_race": 3,
     "studio.atlas": 3,
     **dict.fromkeys(("studio.methods", "studio.audit"), 4),
     **dict.fromkeys(
@@ -39,7 +40,7 @@ LEVELS = {
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.options", "launch"), 8),
 }
 WRITING = ("store", "exports", "bench")
-WITHOUT_TORCH = ("types", "errors", "registry", "figures", "store", "exports", "measure")
+WITHOUT_TORCH = ("images", "types", "errors", "registry", "figures", "store", "exports", "measure")
 
 # (file, what is done there): why it may be.
 EXCEPTIONS = {

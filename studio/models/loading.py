@@ -30,6 +30,8 @@ PIPELINES = {
     "StableDiffusionImg2ImgPipeline",
     "StableDiffusionXLImg2ImgPipeline",
 }
+VISION_TYPES = {"clip_vision_model", "siglip_vision_model", "vit", "deit", "dinov2"}
+VISION_TYPES |= {"dinov2_with_registers"}  # transformers' model types that are vision transformers
 _FINGERPRINTS: dict[tuple, str] = {}
 
 
@@ -106,7 +108,9 @@ def identify(folder: Path) -> tuple[str, str]:
             return "vision", "timm"
         if not (kind := content.get("model_type", "")):
             return "unknown", ""
-        return ("clip", "clip") if kind in ("clip", "siglip") else ("language", kind)
+        if kind in ("clip", "siglip"):
+            return "clip", "clip"
+        return ("vision" if kind in VISION_TYPES else "language"), kind
     raise RequestError(
         f"The folder {folder} holds no model that Locus knows: expected model_index.json (diffusers), "
         "config.json (transformers, timm) or open_clip_config.json (open_clip)."
