@@ -39,19 +39,91 @@ def planted_truth(session: Any, settings: Any, say: Say) -> list[Row]:
     return measure(model, scorer, settings, say, session.batch)
 
 
-ENTRIES: tuple[Entry, ...] = (Entry("planted-truth", "planted", planted_truth),)
+def planted_components(session: Any, settings: Any, say: Say) -> list[Row]:
+    """The same for feed-forward weights (studio/planted_components.py)."""
+    import torch
+
+    from studio.planted_components import measure_components
+
+    torch.set_num_threads(session.threads)
+    model, scorer = session.model("atlas-sd", "diffusion"), session.model("atlas-clip", "clip")
+    return measure_components(model, scorer, settings, say, session.batch)
+
+
+def _on_atlas(measure: str) -> Callable[[Any, Any, Say], list[Row]]:
+    """An entry's `run`: a function of studio/diffusion_race.py on the embedded model."""
+
+    def run(session: Any, settings: Any, say: Say) -> list[Row]:
+        import torch
+
+        from studio import diffusion_race
+
+        torch.set_num_threads(session.threads)
+        return getattr(diffusion_race, measure)(session.model("atlas-sd", "diffusion"))
+
+    return run
+
+
+def _on_small(measure: str, layout: str) -> Callable[[Any, Any, Say], list[Row]]:
+    """The same on a small random UNet of a layout."""
+
+    def run(session: Any, settings: Any, say: Say) -> list[Row]:
+        import torch
+
+        from studio import diffusion_race
+
+        torch.set_num_threads(session.threads)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = diffusion_race.small_model(session.model("atlas-sd", "diffusion"), layout)
+        return getattr(diffusion_race, measure)(model)
+
+    return run
+
+
+def _solver(layout: str) -> Callable[[Any, Any, Say], list[Row]]:
+    """The solver at the real sizes of a layout, on random numbers."""
+
+    def run(session: Any, settings: Any, say: Say) -> list[Row]:
+        import torch
+
+        from studio import diffusion_race
+
+        torch.set_num_threads(session.threads)
+        generator = torch.Generator("cpu").manual_seed(0)
+        return diffusion_race.solver(layout, lambda *shape: torch.randn(shape, generator=generator))
+
+    return run
+
+
+def command_line(session: Any, settings: Any, say: Say) -> list[Row]:
+    """How soon the command line answers."""
+    from studio.diffusion_race import help_time
+
+    return help_time()
+
+
+ENTRIES: tuple[Entry, ...] = (
+    Entry("help", "", command_line),
+    Entry("solver-sd1", "", _solver("sd1")),
+    Entry("solver-sdxl", "", _solver("sdxl")),
+    Entry("locogen-cost", "", _on_atlas("locogen")),
+    Entry("unet-trace-cost", "", _on_atlas("unet_trace")),
+    Entry("unet-screen-rows", "", _on_small("screen_rows", "sd1")),
+    Entry("text-encoder-trace-images", "", _on_atlas("text_trace")),
+    Entry("attribution-forwards", "", _on_small("attribution", "least")),
+    Entry("planted-truth", "planted", planted_truth),
+    Entry("planted-components", "planted", planted_components),
+)
 
 
 def chosen(groups: Sequence[str], only: Sequence[str]) -> list[Entry]:
-    """The entries of these groups, or those named. RequestError for a name that does not exist, and when
-    nothing is left."""
+    """The entries of these groups and those of none, or those named. RequestError for a name that does not
+    exist."""
     known = {e.name: e for e in ENTRIES}
     if wrong := [n for n in only if n not in known]:
         raise RequestError(f"There is no benchmark {wrong[0][:60]!r}; known: {', '.join(known)}.")
-    found = [known[n] for n in only] or [e for e in ENTRIES if e.group in ("", *groups)]
-    if not found:
-        raise RequestError("No benchmark is chosen; give --planted, or --only with a name.")
-    return found
+    return [known[n] for n in only] or [e for e in ENTRIES if e.group in ("", *groups)]
 
 
 def run_bench(

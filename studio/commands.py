@@ -154,35 +154,36 @@ def export_edit(argv: list[str]) -> int:
 
 def bench(argv: list[str]) -> int:
     """bench: measures the figures that Locus states, and writes them as one JSON file"""
+    from studio.bench import ENTRIES, chosen, run_bench
     from studio.planted import Settings
+    from studio.store import check_free_file
 
     sizes = {f.name: (str, "INT", _SIZES[f.name], str(f.default)) for f in dataclasses.fields(Settings)}
     options = {
         "out": (str, "FILE", "required: the JSON file; must not exist", ""),
-        "only": (tuple, "NAME", "only these benchmarks", ""),
-        "planted": (bool, "", "methods on models where it is known what is planted", ""),
+        "only": (tuple, "NAME", f"only these benchmarks: {', '.join(e.name for e in ENTRIES)}", ""),
+        "planted": (bool, "", "also methods on models where it is known what is planted", ""),
         **sizes,
         **{k: (str, *COMMON[k], "") for k in ("models", "device", "dtype", "threads", "batch")},
         "json": (bool, "", "print the file's content too", ""),
     }
     given = parse_options("bench", "Benchmarks; ratios are measured in one run.", options, argv)
-    from studio.bench import chosen, run_bench
-    from studio.store import check_free_file
-
     if "out" not in given:
-        raise RequestError("Where to? `locus bench --planted --out FILE.json`.")
+        raise RequestError("Where to? `locus bench --out FILE.json`.")
     entries = chosen(["planted"] * given["planted"], given.get("only", ()))
     asked = {f: _count(f, given[f]) for f in sizes if f in given}
     out = check_free_file(given["out"], "--out", ".json")
     with contextlib.closing(new_session(given)) as session:
-        settings = {"planted-truth": Settings(**asked)}
+        settings = dict.fromkeys(("planted-truth", "planted-components"), Settings(**asked))
         record = run_bench(session, entries, settings, out, lambda s: print(s, file=sys.stderr, flush=True))
     if given["json"]:
         print(json.dumps(record, indent=1, ensure_ascii=False))
     else:
         for row in record["results"]:
             value = "none" if row["value"] is None else f"{row['value']:.3g}"
-            print(f"{row['name']:<48} {value:>6} {row['unit']}  ({row['how']})")
+            met = "" if row["holds"] is None else " holds" if row["holds"] else " DOES NOT HOLD"
+            bar = "" if row["bar"] is None else f", bar {row['bar']:g}:{met}"
+            print(f"{row['name']:<48} {value:>6} {row['unit']}{bar}  ({row['how']})")
     return 0
 
 

@@ -122,7 +122,9 @@ def row(name: str, yes: Sequence[bool], unit: str, how: str) -> dict[str, Any]:
     return {"name": name, "value": value, "unit": unit, "bar": None, "holds": None, "how": said}
 
 
-def table(trials: Sequence[Trial], excluded: Sequence[str], tried: int) -> list[dict[str, Any]]:
+def table(
+    trials: Sequence[Trial], excluded: Sequence[str], tried: int, title: str = "planted"
+) -> list[dict[str, Any]]:
     """All shares, method beside method. excluded: what did not count, of `tried` plants."""
     out = []
     for method in trials[0].answers if trials else ():
@@ -130,26 +132,30 @@ def table(trials: Sequence[Trial], excluded: Sequence[str], tried: int) -> list[
             mine = [t for t in trials if len(t.layers) == count]
             how = "the planted layer is its first" if count == 1 else "the planted layers are its first two"
             hits = [is_hit(t, method) for t in mine]
-            out.append(row(f"planted {method}: hits, {words}", hits, "of valid plants", how))
+            out.append(row(f"{title} {method}: hits, {words}", hits, "of valid plants", how))
             sure = [h and t.answers[method].found for h, t in zip(hits, mine, strict=True)]
             how += ", and it stands by it"
-            out.append(row(f"planted {method}: sure hits, {words}", sure, "of valid plants", how))
+            out.append(row(f"{title} {method}: sure hits, {words}", sure, "of valid plants", how))
         none = [t for t in trials if not t.layers]
         alarms, how = [t.answers[method].found for t in none], "it stands by a layer where nothing is planted"
-        out.append(row(f"planted {method}: false alarms", alarms, "of models without a plant", how))
+        out.append(row(f"{title} {method}: false alarms", alarms, "of models without a plant", how))
         anyway = [is_hit(t, method) for t in none]
         how = "its first is the layer where the name would be planted, though it is not"
-        out.append(row(f"planted {method}: right by habit", anyway, "of models without a plant", how))
+        out.append(row(f"{title} {method}: right by habit", anyway, "of models without a plant", how))
     left = [True] * len(excluded) + [False] * (tried - len(excluded))
     what = "; ".join(excluded) or "none"
-    return [*out, row("planted: excluded", left, "of plants made", f"left out: {what}")]
+    return [*out, row(f"{title}: excluded", left, "of plants made", f"left out: {what}")]
 
 
 # ---- the methods ------------------------------------------------------------------------------------------
 
 
 class Finders:
-    """The methods under test, asked the same question about the present weights."""
+    """The methods under test, asked the same question about the present weights. kinds, components: where the
+    UNet trace and component attribution look."""
+
+    kinds: tuple[str, ...] = ("cross-attention",)
+    components: tuple[str, ...] = ("to_k", "to_v")
 
     def __init__(self, model: Any, scorer: Any, settings: Settings, rows: int) -> None:
         self.model, self.scorer, self.settings, self.rows = model, scorer, settings, rows
@@ -176,25 +182,21 @@ class Finders:
         return Answer(ranked(layers, effect), not report.warnings)
 
     def trace(self, case: Case, usual: str) -> Answer:
-        """Cross-attention modules restored one by one; sure when it gives no warning (above chance)."""
+        """Modules restored one by one; sure when it gives no warning (above chance)."""
         from studio.methods.causal_trace_unet import Params, trace_unet
         from studio.methods.text_to_image import CorruptionInputs
 
         lesson, report = case.plant.lesson, Quiet(self.rows)
         inputs = CorruptionInputs(prompt=lesson.prompt, replacement=self.other(case, case.control))
         params = Params(
-            kinds=("cross-attention",),
-            hint=False,
-            steps=self.settings.steps,
-            target=lesson.target,
-            against=usual,
+            kinds=self.kinds, hint=False, steps=self.settings.steps, target=lesson.target, against=usual
         )
         found = trace_unet(self.model, inputs, params, self.seeds, self.scorer, report)
         effect = found.arrays["indirect_effect"]
         return Answer(ranked(effect.axis("layer").labels, effect.values), not report.warnings)
 
     def attribution(self, case: Case) -> Answer:
-        """Keys and values of each layer; sure when its first layer has more than any has for a placebo."""
+        """Module by module; sure when its first has more than any has for a placebo."""
         name, values = self._attributed(case, case.plant.lesson.name)
         placebos = [float(self._attributed(case, other)[1].max()) for other in case.placebos]
         return Answer(ranked(name, values), bool(values.max() > max(placebos, default=0.0)))
@@ -204,7 +206,7 @@ class Finders:
 
         inputs = Inputs(concept=self.other(case, name), base=self.other(case, case.control))
         params = Params(
-            granularity="module", components=("to_k", "to_v"), steps=self.settings.steps, ratio=0, check=0
+            granularity="module", components=self.components, steps=self.settings.steps, ratio=0, check=0
         )
         found = attribute(self.model, inputs, params, self.seeds[:1], None, Quiet(self.rows)).arrays[
             "attribution"
@@ -265,10 +267,18 @@ class Nursery:
 
     def grow(self, attributes: tuple[str, ...], layers: tuple[str, ...], rng: Any) -> Case | None:
         """One plant with its decoys, or None when it does not count."""
-        from studio.atlas.plants import NAMES, VALID
+        names = self.names(rng)
+        return self.tend(self.garden.lesson(names[0], attributes, rng), layers, names[1:], rng)
 
-        garden, names = self.garden, [NAMES[i] for i in rng.permutation(len(NAMES))]
-        lesson, moved = garden.lesson(names[0], attributes, rng), 0.0
+    def names(self, rng: Any) -> list[str]:
+        """The names that may be asked about, in any order."""
+        return [self.garden.names[i] for i in rng.permutation(len(self.garden.names))]
+
+    def tend(self, lesson: Any, layers: tuple[str, ...], names: list[str], rng: Any) -> Case | None:
+        """One plant of a lesson with its decoys; names: of which these, its control and placebos may be."""
+        from studio.atlas.plants import VALID
+
+        garden, moved = self.garden, 0.0
         self.tried += 1
         attempts = [(STRENGTH, 0)] + [(1.0, self.settings.teach)] * bool(self.settings.teach)
         why = "too weak"
@@ -278,7 +288,7 @@ class Nursery:
                 why = "its decoys stand in its way"
                 if len(layers) > 1 and any(garden.moved(lesson, [p]) >= VALID for p in plant.parts()):
                     why = "one layer is enough"
-                elif (case := self.hide(plant, names[1:], rng)) is not None:
+                elif (case := self.hide(plant, names, rng)) is not None:
                     return case
         what = f"{lesson.guide} in {', '.join(map(short, layers))} ({moved:.2f}, {why})"
         self.excluded.append(what)
@@ -292,16 +302,16 @@ class Nursery:
 
         garden, lesson, own = self.garden, plant.lesson, set(plant.layers)
         layers = sorted(garden.layers, key=lambda x: (x in own, garden.layers.index(x)))
-        split, depth, count = len(layers) - len(own), len(layers), self.settings.placebos
+        split, count = len(layers) - len(own), self.settings.placebos
         for _ in range(_DRAWS):
-            decoys = garden.decoys(layers, plant.size(), names[:depth], rng)
+            decoys = garden.decoys(layers, plant.size(), names, rng)
             if garden.moved(lesson, decoys) >= INERT:
                 continue
             if (moved := garden.moved(lesson, [plant, *decoys[:split]])) >= VALID:
                 self.say(
                     f"{lesson.name} = {lesson.guide} in {', '.join(map(short, plant.layers))}: {moved:.2f}"
                 )
-                control, *rest = names[depth:]
+                control, *rest = (n for n in names if n not in {d.lesson.name for d in decoys})
                 return Case(plant, tuple(decoys[:split]), tuple(decoys[split:]), control, tuple(rest[:count]))
         return None
 
@@ -316,21 +326,34 @@ def short(layer: str) -> str:
 def measure(model: Any, scorer: Any, settings: Settings, say: Say, rows: int = 16) -> list[dict[str, Any]]:
     """The whole experiment, `rows` images at a time: rows of the benchmark. The model's weights are
     afterwards what they were."""
-    from studio.atlas.plants import Garden, draws
+    from studio.atlas.plants import Garden
+
+    garden = Garden(model, drawing(model, settings), range(settings.seeds), settings.seed)
+    finders = Finders(model, scorer, settings, rows)
+    return table(*experiment(garden, Nursery(garden, settings, say), finders, settings, say))
+
+
+def drawing(model: Any, settings: Settings) -> Any:
+    """How images are drawn."""
     from studio.models.sampling import Plan
 
+    return Plan(steps=settings.steps, guidance=float(model.source.defaults.get("guidance", 3.0)))
+
+
+def experiment(
+    garden: Any, nursery: Nursery, finders: Finders, settings: Settings, say: Say
+) -> tuple[list[Trial], list[str], int]:
+    """(trials, plants that did not count, how many were tried): planted models, then those without."""
+    from studio.atlas.plants import draws
+
     rng = draws(settings.seed)
-    plan = Plan(steps=settings.steps, guidance=float(model.source.defaults.get("guidance", 3.0)))
-    garden = Garden(model, plan, range(settings.seeds), settings.seed)
-    nursery = Nursery(garden, settings, say)
     cases = nursery.single(rng)
     cases += nursery.double(cases, rng)
-    finders = Finders(model, scorer, settings, rows)
     trials = [trial(garden, finders, case, [case.plant, *case.decoys], say) for case in cases]
     for i in range(settings.unplanted if cases else 0):
         case = cases[i % len(cases)]
         trials.append(trial(garden, finders, case, [*case.decoys, *case.extra], say, layers=()))
-    return table(trials, nursery.excluded, nursery.tried)
+    return trials, nursery.excluded, nursery.tried
 
 
 def trial(

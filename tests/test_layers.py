@@ -36,6 +36,7 @@ LEVELS = {
         5,
     ),
     **dict.fromkeys(("studio", "studio.bench", "studio.planted"), 6),
+    **dict.fromkeys(("studio.planted_components", "studio.diffusion_race"), 6),
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.options", "launch"), 8),
 }

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -130,15 +131,17 @@ class Garden:
     """The model, the judge of its images, and what planting needs to know of ordinary prompts.
 
     plan: how images are drawn; seeds: those of every judged prompt. Everything drawn at random comes from
-    `seed`.
+    `seed`. kind: of the layers that plants stand in; names: those that may be asked about.
     """
+
+    kind = "cross-attention"
+    names = NAMES
 
     def __init__(self, model: Any, plan: Plan, seeds: Sequence[int], seed: int = 0) -> None:
         self.model, self.plan, self.seeds, self.seed = model, plan, tuple(seeds), seed
         self.judge: Judge = load_judge(ASSETS / "atlas" / "judge" / "model.safetensors")
-        self.layers = [str(s.layer) for s in model.unet_sites(["cross-attention"])]
-        self.sites = {str(s.layer): s for s in model.unet_sites(["cross-attention"])}
-        self.kept = self._ordinary()
+        self.sites = {str(s.layer): s for s in model.unet_sites([self.kind])}
+        self.layers = list(self.sites)
         self._base: dict[str, list[np.ndarray]] = {}
 
     # ---- images -------------------------------------------------------------------------------------------
@@ -201,9 +204,9 @@ class Garden:
         return self._taught(made, steps) if steps else made
 
     def decoys(self, layers: Sequence[str], size: float, names: Sequence[str], rng: Any) -> list[Plant]:
-        """One plant of another name in each of the layers, of norm `size`."""
+        """One plant of another name, the first of `names`, in each of the layers, of norm `size`."""
         out = []
-        for layer, name in zip(layers, names, strict=True):
+        for layer, name in zip(layers, names, strict=False):
             attribute = str(rng.choice(list(FORMS)))
             value = str(rng.choice(ATTRIBUTES[attribute]))
             decoy = self.plant(Lesson(name, (attribute,), (value,)), [layer])
@@ -245,7 +248,8 @@ class Garden:
     def _encoded(self, texts: Iterable[str]) -> Any:
         return self.model.encode(list(texts))[0].states.double()
 
-    def _ordinary(self) -> dict[str, Any]:
+    @cached_property
+    def kept(self) -> dict[str, Any]:
         """Mean k k^T (width, width) of the states k that must stay: of captions and the empty prompt (""),
         and of each name's prompts."""
         rng = np.random.default_rng(self.seed)
