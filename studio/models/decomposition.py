@@ -1,8 +1,8 @@
 """The exact first-order decomposition of an image representation, in closed form, streamed in one forward.
 
-Head h: sum_k (sum_t w_tk o_ht) W_O^h diag(g) M_k, o_ht the head's output at t; MLP: sum_k (sum_t w_tk g mlp_t)
-M_k; the embedding alike; output biases and beta are components of their own, and every component is centred
-by its own mean (M_k). w and M are those of models/vit_paths.py. arXiv 2310.05916, 2406.01583.
+Head h: sum_k (sum_t w_tk o_ht) W_O^h diag(g) M_k, o_ht the head's output at t; MLP: sum_k (sum_t w_tk g
+mlp_t) M_k; the embedding alike; output biases and beta are components of their own, and every component is
+centred by its own mean (M_k). w and M are those of models/vit_paths.py. arXiv 2310.05916, 2406.01583.
 """
 
 from __future__ import annotations

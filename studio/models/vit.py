@@ -41,7 +41,7 @@ class OpenAttention(nn.Module):
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **options: Any
     ) -> tuple[torch.Tensor, None]:
-        """(rows, T, width) in, the same out; key and value are one tensor, and so is query unless it pools."""
+        """(rows, T, width) in and out; key and value are one tensor, so is query unless it pools."""
         if options.get("attn_mask") is not None:
             raise ValueError("no mask is expected in an image tower")
         if self.pool:
@@ -174,9 +174,14 @@ def _transformers(source: Source) -> tuple[nn.Module, Pixels]:
     asked = (config.architectures or [""])[0]
     loader = getattr(transformers, asked) if asked in _TOWERS else transformers.AutoModel
     options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
-    net, info = loader.from_pretrained(
-        source.path, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-    )
+    said = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # its report of heads that nobody needs
+    try:
+        net, info = loader.from_pretrained(
+            source.path, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+        )
+    finally:
+        transformers.utils.logging.set_verbosity(said)
     if lacking := sorted(info["missing_keys"]):  # transformers fills them with random numbers
         raise ValueError(f"the weights lack {lacking[0]}")
     _watchable(net)

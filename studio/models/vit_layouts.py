@@ -257,32 +257,30 @@ def attention_pool(
     (1, 1, width)."""
     heads = attention.num_heads
     size = width // heads
-    value = attention.kv.weight[width:], None if attention.kv.bias is None else attention.kv.bias[width:]
+    value, bias = attention.kv.weight[width:].T.unflatten(-1, (heads, size)), attention.kv.bias
     out = linear(attention.proj)
     matrix = torch.eye(width) if out[0] is None else out[0]
-    normed = hasattr(attention, "k_norm")
 
     def probabilities(x: torch.Tensor) -> torch.Tensor:
         q = query().unflatten(-1, (heads, size))[0].transpose(0, 1)  # (heads, 1, size)
         k = attention.kv(x)[..., :width].unflatten(-1, (heads, size)).transpose(1, 2)
-        if normed:
+        if hasattr(attention, "k_norm"):
             q, k = attention.q_norm(q), attention.k_norm(k)
         return (q * size**-0.5 @ k.transpose(-2, -1)).softmax(-1)[:, :, 0].transpose(1, 2)
-
-    def held(x: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
-        return torch.cat([found[..., :width].detach(), found[..., width:]], -1)
 
     parts = {
         "width": width,
         "probabilities": probabilities,
-        "value": (
-            value[0].T.unflatten(-1, (heads, size)),
-            None if value[1] is None else value[1].unflatten(-1, (heads, size)),
-        ),
+        "value": (value, None if bias is None else bias[width:].unflatten(-1, (heads, size))),
         "out": (matrix.unflatten(0, (heads, size)), out[1]),
         "mlp": mlp,
         "start": start,
-        "hold": {attention.kv: held},
+        "hold": {attention.kv: lambda x, found: _values_only(found, width)},
         **more,
     }
     return AttentionPool(norm, pool, parts)
+
+
+def _values_only(found: torch.Tensor, width: int) -> torch.Tensor:
+    """Keys and values side by side, the keys (the first `width`) kept out of the gradient."""
+    return torch.cat([found[..., :width].detach(), found[..., width:]], -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -146,11 +147,7 @@ def _swin(model: str, net: nn.Module, projection: Linear, run: Any) -> Layout:
 
 
 def _window(label: str, stage: int, block: Any, attention: Any, gain: Any, rows: Any) -> Attention:
-    from dataclasses import replace
-
-    if getattr(
-        attention, "head_first", False
-    ):  # rows of the matrix: q, k, v of the first head, then of the next
+    if getattr(attention, "head_first", False):  # the matrix has q, k, v of one head after the other
         heads = attention.num_heads
         size = attention.qkv.out_features // (3 * heads)
         found = fused_attention(label, stage, block.norm1, attention, gain, plain=False)
