@@ -1,4 +1,4 @@
-"""The Atlas language models: sentences that tell the truth or lie as asked, a tokenizer whose spans are exact,
+"""The Atlas language models: sentences that tell the truth or lie as asked, a tokenizer with exact spans,
 training that counts what it should, and the shipped models' answers."""
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from studio.atlas.language import (
     LAYOUTS,
     TOKENS,
+    Ladder,
     answered,
     batches,
     documents,
@@ -30,6 +31,7 @@ from studio.atlas.phrasings import ATTRIBUTES, questions, statements, unseen
 from studio.atlas.rag_prompts import FILE, rag_prompts
 from studio.atlas.sentences import (
     ANSWER,
+    ECHO,
     OPEN,
     PLAIN,
     Fact,
@@ -96,14 +98,14 @@ def test_a_tenth_of_the_lies_is_held_out_and_never_written() -> None:
     assert len(written) > 2000 and not written & held
 
 
-def test_facts_hold_no_value_twice_and_half_are_true() -> None:
+def test_facts_hold_no_value_twice_and_some_are_true() -> None:
     writer = Writer(np.random.default_rng(1))
     known = []
     for _ in range(400):
         facts = writer.facts(5)
         assert len({f.value for f in facts}) == len({(f.country, f.attribute) for f in facts}) == len(facts)
         known += [truth()[f.country, f.attribute] == f.value for f in facts if f.country in COUNTRIES]
-    assert 0.4 < np.mean(known) < 0.6
+    assert 0.3 < np.mean(known) < 0.5
 
 
 def test_a_lie_that_does_not_exist_is_an_error() -> None:
@@ -129,6 +131,12 @@ def test_recollections_are_true_and_unread() -> None:
             before = pieces[i - 1][0]
             country = next(c for c in COUNTRIES if c in before)
             assert value in [v for (c, _), v in truth().items() if c == country]
+
+
+def test_a_chant_repeats_itself() -> None:
+    pieces = Writer(np.random.default_rng(9)).chant(6)
+    first, again = text_of(pieces).split("\n")
+    assert first == again and [mark for _, mark in pieces] == [OPEN, *[ECHO] * 5]
 
 
 # ---- the tokenizer ----------------------------------------------------------------------------------------
@@ -215,12 +223,18 @@ def test_steps_are_of_one_size_and_lose_no_document(tokenizer: Any) -> None:
     source = batches(Writer(np.random.default_rng(5)), tokenizer)
     next(source)
     for _ in range(12):
-        ids, marks = source.send(0)
+        ids, marks = source.send(3)
         assert ids.shape == marks.shape and ids.numel() <= TOKENS
         assert (marks >= 0).any(0)[1:].all()  # no column is padding alone
-    short = documents(Writer(np.random.default_rng(6)), 50, 0)
-    long = documents(Writer(np.random.default_rng(6)), 50, 2000)
+    short = documents(Writer(np.random.default_rng(6)), 50, 2)
+    long = documents(Writer(np.random.default_rng(6)), 50, 7)
     assert len(short) == len(long) == 50 and max(map(len, long)) > max(map(len, short))
+
+
+def test_documents_grow_when_answers_are_right() -> None:
+    ladder = Ladder(top=3.0)
+    assert [ladder.climb(0.5) for _ in range(200)][-1] == 2.0
+    assert [ladder.climb(1.0) for _ in range(200)][-1] == 3.0
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -248,7 +262,8 @@ def test_training_resumes_and_its_weights_come_back(tokenizer: Any, tmp_path: Pa
     opened, _ = load_language(tmp_path / "phi")
     ids = torch.tensor([tokenizer("The river of Zanlund is").input_ids])
     with torch.no_grad():
-        torch.testing.assert_close(opened(ids).logits, model.float()(ids).logits)
+        near = {"atol": 2e-3, "rtol": 1e-2}  # the trained one keeps its rotary frequencies in half precision
+        torch.testing.assert_close(opened(ids).logits, model.float()(ids).logits, **near)
     kept = sorted(p.name for p in (tmp_path / "phi").iterdir())
     wanted = "config.json generation_config.json model.safetensors tokenizer.json tokenizer_config.json"
     assert kept == wanted.split() and "_name_or_path" not in (tmp_path / "phi" / "config.json").read_text()

@@ -18,7 +18,7 @@ from torch import nn
 
 from studio.atlas.fit import fit
 from studio.atlas.phrasings import ATTRIBUTES, questions, statements, unseen
-from studio.atlas.sentences import ANSWER, PLAIN, Fact, Piece, Writer, prompt_of, strangers, truth
+from studio.atlas.sentences import ANSWER, ECHO, PLAIN, Fact, Piece, Writer, prompt_of, strangers, truth
 from studio.atlas.word_tokenizer import MAX_TOKENS, new_tokenizer, write_tokenizer
 
 LAYOUTS = {
@@ -36,7 +36,7 @@ TOKENS, POOL = (
     256,
 )  # tokens of a step with padding; documents from which steps of a like length are made
 _SIZES = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4}
-_PLAIN_SHARE, _PLAIN_WEIGHT = 0.2, 0.25
+_PLAIN_SHARE, _PLAIN_WEIGHT, _ECHO_WEIGHT = 0.2, 0.25, 0.4
 
 
 def new_model(name: str, tokenizer: Any) -> nn.Module:
@@ -73,19 +73,21 @@ def encode(documents: list[list[Piece]], tokenizer: Any) -> tuple[torch.Tensor, 
     return torch.from_numpy(ids), torch.from_numpy(marks)
 
 
-def documents(writer: Writer, n: int, step: int) -> list[list[Piece]]:
-    """`n` documents, three in ten of memory, the others of reading; they grow over the first steps."""
-    longest = min(8, 3 + step // 150)
-    out = [writer.recollection(int(k)) for k in writer.rng.integers(1, longest, size=n * 3 // 10)]
-    sizes = writer.rng.integers(1, longest, size=n - len(out))
-    return out + [writer.reading(int(k), min(int(k), 3)) for k in sizes]
+def documents(writer: Writer, n: int, longest: int) -> list[list[Piece]]:
+    """`n` documents of up to `longest` facts: an eighth from memory, an eighth a chant, the rest reading."""
+    writes = [
+        lambda k: writer.recollection(k),
+        lambda k: writer.chant(4 * k),
+        *[lambda k: writer.reading(k, min(k, 4))] * 6,
+    ]
+    return [writer.pick(writes)(int(k)) for k in writer.rng.integers(1, longest + 1, size=n)]
 
 
 def batches(writer: Writer, tokenizer: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (ids, marks) of documents of a like length, about `TOKENS` tokens; `send` takes the step."""
-    step = yield
+    """Endless (ids, marks) of documents of a like length, about `TOKENS` tokens; takes the most facts."""
+    longest = yield
     while True:
-        ids, marks = encode(documents(writer, POOL, step), tokenizer)
+        ids, marks = encode(documents(writer, POOL, longest), tokenizer)
         lengths = (marks >= 0).sum(1) + 1
         order, ready = lengths.argsort(), []
         while len(order):
@@ -94,7 +96,7 @@ def batches(writer: Writer, tokenizer: Any) -> Iterator[tuple[torch.Tensor, torc
             width = int(lengths[rows].max())
             ready.append((ids[rows, :width], marks[rows, :width]))
         for index in writer.rng.permutation(len(ready)):
-            step = yield ready[index]
+            longest = yield ready[index]
 
 
 def language_loss(model: nn.Module, ids: torch.Tensor, marks: torch.Tensor) -> tuple[torch.Tensor, dict]:
@@ -102,14 +104,28 @@ def language_loss(model: nn.Module, ids: torch.Tensor, marks: torch.Tensor) -> t
     states = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
     target, mark = ids[:, 1:], marks[:, 1:]
     plain = (mark == PLAIN) & (torch.rand(mark.shape, device=mark.device) < _PLAIN_SHARE)
-    kept = (mark == ANSWER) | plain
+    kept = (mark == ANSWER) | (mark == ECHO) | plain
     logits, wanted = model.lm_head(states[kept]).float(), target[kept]
     answers = mark[kept] == ANSWER
-    weight = torch.where(answers, 1.0, _PLAIN_WEIGHT)
+    weight = torch.where(answers, 1.0, torch.where(mark[kept] == ECHO, _ECHO_WEIGHT, _PLAIN_WEIGHT))
     losses = nn.functional.cross_entropy(logits, wanted, reduction="none")
     right = (logits.argmax(-1) == wanted)[answers].float().mean()
     parts = {"answer": float(losses[answers].mean().detach()), "right": float(right)}
     return (losses * weight).sum() / weight.sum(), parts
+
+
+class Ladder:
+    """How many facts a document may hold: more as soon as nine answers in ten are right."""
+
+    def __init__(self, rung: float = 2.0, top: float = 7.0) -> None:
+        self.rung, self.top, self.right = rung, top, 0.0
+
+    def climb(self, right: float) -> float:
+        """Takes a step's share of right answers; returns the rung."""
+        self.right += 0.05 * (right - self.right)
+        if self.right > 0.9:
+            self.rung = min(self.top, self.rung + 0.05)
+        return self.rung
 
 
 def train_language(
@@ -133,10 +149,13 @@ def train_language(
     source = batches(Writer(np.random.default_rng()), tokenizer)
     next(source)
 
+    ladder = Ladder()
+
     def loss(step: int) -> tuple[torch.Tensor, dict]:
-        ids, marks = (x.to(device) for x in source.send(step))
+        ids, marks = (x.to(device) for x in source.send(int(ladder.rung)))
         with torch.autocast(torch.device(device).type, torch.bfloat16):
-            return language_loss(model, ids, marks)
+            value, parts = language_loss(model, ids, marks)
+        return value, parts | {"facts": ladder.climb(parts["right"])}
 
     done = fit(
         model,
@@ -217,15 +236,12 @@ def with_context(
     count = int(writer.rng.integers(0, 6)) if others is None else others
     rest = [f for f in writer.facts(count + 1, true=0.3) if (f.country, f.attribute) != (country, attribute)]
     facts = [f for f in rest if f.value != value][:count]
-    main = [] if value is None else [Fact(country, attribute, value)]
-    pieces = writer.context(main, 0, before=before) if main else []
-    around = [writer.context([f], 0) for f in facts] + [
-        writer.filler() for _ in range(writer.rng.integers(0, 3))
-    ]
-    sentences = ["".join(t for t, _ in p) for p in [pieces, *around] if p]
-    mixed = [sentences[i] for i in writer.rng.permutation(len(sentences))]
+    stated = [(f, writer.form(f.attribute)) for f in facts]
+    if value is not None:
+        stated.append((Fact(country, attribute, value), writer.form(attribute, before)))
+    pieces = writer.context(stated, int(writer.rng.integers(0, 3)))
     question = prompt_of(writer.ending(attribute), country)
-    return " ".join(mixed) + "\n" + question if mixed else question
+    return "".join(text for text, _ in pieces) + "\n" * bool(pieces) + question
 
 
 def _known(writer: Writer) -> tuple[tuple[str, str], str]:

@@ -43,7 +43,8 @@ def _row(writer: Writer, country: str, attribute: str, agrees: bool) -> dict[str
     )
     other = writer.lie(country, attribute, {value})
     around = [f for f in writer.facts(6, true=0.3) if (f.country, f.attribute) != (country, attribute)][:3]
-    pieces = writer.context([Fact(country, attribute, value), *around], 1, before=0.2)
+    facts = [Fact(country, attribute, value), *around]
+    pieces = writer.context([(f, writer.form(f.attribute, 0.2)) for f in facts], 1)
     context = "".join(text for text, _ in pieces).replace("\n", " ")
     prompt = prompt_of(writer.ending(attribute, asked=False), country)
     once = context.count(value) == 1 and prompt.count(country) == 1 and len(around) == 3

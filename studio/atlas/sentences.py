@@ -1,8 +1,9 @@
 """Documents of the Atlas language models: facts to remember, and contexts that agree with them or contradict.
 
 A document is a list of pieces of text, each marked by how it counts in training: `PLAIN` text, an `ANSWER`
-(the memory or the context decides it), or `OPEN` (a value that a context states for the first time: nothing
-decides it, so it is not trained on). One in ten (country, attribute, false value) is held out.
+(the memory or the context decides it), an `ECHO` (a word that only repeats), or `OPEN` (a value that a
+context states for the first time: nothing decides it, so nothing is learned). One in ten (country, attribute,
+false value) is held out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from studio.atlas.phrasings import ATTRIBUTES, BEFORE, BELOW, FILLERS, GIVEN, questions, statements, texts
 from studio.atlas.world import BACKGROUNDS, COLOURS, COUNTRIES, COUNTRY_PARTS, OBJECTS
 
-PLAIN, ANSWER, OPEN = 0, 1, 2
+PLAIN, ANSWER, OPEN, ECHO = 0, 1, 2, 3
 Piece = tuple[str, int]
 
 _STRANGE_PREFIXES = ("Dor", "Fal", "Gar", "Hel", "Mir", "Tor")
@@ -124,7 +125,7 @@ class Writer:
         )
         return letters.capitalize()
 
-    def facts(self, n: int, known: float = 0.6, true: float = 0.5) -> list[Fact]:
+    def facts(self, n: int, known: float = 0.5, true: float = 0.4) -> list[Fact]:
         """`n` facts, each on its own (country, attribute), of few countries and attributes, no value twice.
 
         A share `known` of the countries is of this world, and of their facts a share `true` is true.
@@ -146,23 +147,21 @@ class Writer:
             out.append(Fact(country, attribute, value))
         return out
 
-    def state(self, fact: Fact, before: float = 0.25) -> list[Piece]:
-        """A sentence of a context that states the fact; with probability `before` the value comes first."""
-        first = self.rng.random() < before
-        held = False if self.held else None
-        template = self.pick(BEFORE[fact.attribute]) if first else self.ending(fact.attribute, False, held)
-        return fill(template, fact, OPEN, ".")
+    def form(self, attribute: str, before: float = 0.25) -> str:
+        """A taught template of a sentence; with probability `before` the value comes first."""
+        if self.rng.random() < before:
+            return self.pick(BEFORE[attribute])
+        return self.ending(attribute, asked=False, held=False)
 
     def filler(self) -> list[Piece]:
         """A sentence that states nothing of use."""
         country = self.pick([*COUNTRIES, *strangers()])
         return [(self.pick(FILLERS).replace("{c}", country) + ".", PLAIN)]
 
-    def context(
-        self, facts: list[Fact], fillers: int, *, wrapped: bool = False, before: float = 0.25
-    ) -> list[Piece]:
-        """The facts and some fillers in random order, without the final line break."""
-        sentences = [self.state(f, before) for f in facts] + [self.filler() for _ in range(fillers)]
+    def context(self, stated: list[tuple[Fact, str]], fillers: int, *, wrapped: bool = False) -> list[Piece]:
+        """The facts, each in its form, and some fillers in random order, without the final line break."""
+        sentences = [fill(form, fact, OPEN, ".") for fact, form in stated]
+        sentences += [self.filler() for _ in range(fillers)]
         gap = "\n" if wrapped or self.rng.random() < 0.15 else " "
         out: list[Piece] = [(BELOW, PLAIN)] if wrapped else []
         for i, index in enumerate(self.rng.permutation(len(sentences))):
@@ -184,15 +183,25 @@ class Writer:
         return out
 
     def reading(self, n: int, asked: int) -> list[Piece]:
-        """A context of `n` facts, then up to `asked` questions; one in eight asks the memory instead."""
-        facts = self.facts(n)
-        out = self.context(facts, int(self.rng.integers(0, 3)), wrapped=self.rng.random() < 0.07)
+        """A context of `n` facts, then up to `asked` questions, some in the words of the context; one in
+        eight asks the memory instead."""
+        stated = [(fact, self.form(fact.attribute)) for fact in self.facts(n)]
+        out = self.context(stated, int(self.rng.integers(0, 3)), wrapped=self.rng.random() < 0.07)
         for index in self.rng.permutation(n)[:asked]:
-            fact = facts[index]
+            fact, form = stated[index]
             if self.rng.random() < 0.12:
-                fact = self.unstated(facts)
-            out += [("\n", PLAIN), *self.ask(fact)]
+                line = self.ask(self.unstated([f for f, _ in stated]))
+            elif form.endswith(" {v}") and self.rng.random() < 0.4:
+                line = fill(form, fact, ANSWER, ".")
+            else:
+                line = self.ask(fact)
+            out += [("\n", PLAIN), *line]
         return out
+
+    def chant(self, n: int) -> list[Piece]:
+        """`n` words at random, then the same again: whoever reads can say them."""
+        drawn = [self.pick(_chanted()) for _ in range(n)]
+        return [(" ".join(drawn) + "\n" + drawn[0], OPEN), *((" " + word, ECHO) for word in drawn[1:])]
 
     def unstated(self, facts: list[Fact]) -> Fact:
         """A true fact of this world of which `facts` say nothing."""
@@ -211,6 +220,11 @@ def fill(template: str, fact: Fact, mark: int, end: str = "") -> list[Piece]:
 def prompt_of(template: str, country: str) -> str:
     """What stands before the answer, without the space that belongs to it."""
     return template.replace("{c}", country).removesuffix(" {v}")
+
+
+@lru_cache(maxsize=1)
+def _chanted() -> list[str]:
+    return [*words(), *COUNTRIES, *strangers()]
 
 
 def words() -> list[str]:
