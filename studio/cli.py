@@ -169,7 +169,16 @@ def _asked(method: Method, given: dict[str, Any]) -> dict[str, Any]:
                 asked[f.name] = not given.pop(f"no_{f.name}", False)
             elif f.name in given:
                 asked[f.name] = texts_of(given[f.name]) if f.metadata["lines"] else given[f.name]
+                if f.metadata["paths"]:
+                    asked[f.name] = _whole_files(asked[f.name])
     return asked
+
+
+def _whole_files(given: Any) -> Any:
+    """Paths of files from the root on, so that a run replays from anywhere."""
+    if isinstance(given, str):
+        return os.path.abspath(os.path.expanduser(given)) if given else given
+    return tuple(map(_whole_files, given))
 
 
 def entry() -> None:

@@ -39,12 +39,14 @@ def knob(
     advanced: bool = False,
     commas: bool = True,
     lines: bool = False,
+    paths: bool = False,
 ) -> Any:
     """A declared option. `default` MISSING makes it required; `repeat` lets a text list be given several
     times.
 
     Tuples of texts with `choices` are written with commas, `commas` False takes several words instead
-    (--words a b). `lines`: on the command line a file may stand for texts, one a line.
+    (--words a b). `lines`: on the command line a file may stand for texts, one a line. `paths`: names of
+    files of this machine, which the command line makes whole.
     """
     meta = {
         "help": help,
@@ -56,6 +58,7 @@ def knob(
         "advanced": advanced,
         "commas": commas,
         "lines": lines,
+        "paths": paths,
     }
     return field(metadata=meta) if default is MISSING else field(default=default, metadata=meta)
 
