@@ -147,7 +147,7 @@ def _outcome(point: Point, answer: Run | Exception, begun: datetime) -> Outcome:
     if isinstance(answer, Exception):
         return Outcome(point, error=sentence_of(answer))
     found = datetime.fromisoformat(answer.started) < begun
-    return Outcome(point, answer.id, found=found, seconds=answer.seconds)
+    return Outcome(point, answer.id, found=found, seconds=round(answer.seconds, 3))
 
 
 def _each(runner: Runner, recipes: Sequence[Recipe]) -> Iterator[tuple[int, Run | Exception]]:
