@@ -13,17 +13,16 @@ import gradio as gr
 
 from panels import edit_form, heatmap, widgets
 from panels.edit_audit import Audit
+from panels.edit_downloads import Downloads
 from panels.edit_form import PICTURES, layer_map
 from panels.edit_stack import Entry, Stack
 from panels.edit_view import NO_STACK, Pictures
 from panels.running import QUIET, STREAM, Running
-from studio.edit_export import composed, export_edits
 from studio.edit_files import read_edit
 from studio.errors import RequestError
-from studio.exports import new_folder
 from studio.registry import find_method, parse_seeds
 from studio.session import Session
-from studio.store import EDIT_FILE, write_edit
+from studio.store import EDIT_FILE
 from studio.types import Recipe, Result
 
 TITLE = "Edit"
@@ -36,10 +35,12 @@ def build(session: Session) -> None:
     """Builds the panel inside the present Blocks."""
     gr.HTML(f"<p class='question'>{QUESTION}</p>", padding=False)
     with gr.Row():
-        with gr.Column(scale=2, min_width=300):
+        with gr.Column(scale=2, min_width=300) as left:
             form = edit_form.form()
         with gr.Column(scale=5, min_width=320):
             out, asked, found = edit_form.outputs()
+    with left:  # once what they fill is there
+        edit_form.examples(form, out)
     panel = _Panel("edit", session, form, out)
     panel.wire()
     Audit(session, asked, found, panel.stack, form["model"], panel.pictures).wire_run()
@@ -110,8 +111,7 @@ class _Panel(Running):
         out["strength"].input(self.slide, [*self.looks, out["strength"]], self.seen, **quick)
         self.then_look(out["strength"].release(self.strengthen, moved, self.changed, **often))
         gr.on([out["prompt"].submit, out["look"].submit], self.picture, self.looks, self.seen, **quick)
-        for name in ("save", "lora"):
-            out[name].click(getattr(self, name), self.looks, [out["file"], out["status"]], **QUIET)
+        Downloads(self.session, self.pictures, out).wire(self.looks)
         grids = dict(outputs=[out["grid"], out["status"], self.client, form["stop"]], **STREAM)
         out["over_seeds"].click(self.over_seeds, self.looks, **grids)
         out["over_neighbours"].click(self.over_neighbours, [*self.looks, out["neighbours"]], **grids)
@@ -265,39 +265,6 @@ class _Panel(Running):
         title = edit_form.name_of(edit.method, edit.concepts, edit.replacements, Path(file).name)
         added = stack.add(Entry(self.session.store.keep_edit(Path(file)), title))
         return self.show(added, looks, f"Loaded {Path(file).name}.")
-
-    @_said
-    def save(self, request: gr.Request, stack: Stack, model: str, *_: Any) -> dict:
-        """The whole stack as one edit file."""
-        target = new_folder() / "edit.safetensors"
-        edit = self.session.call(
-            model, lambda m: composed(m, self.opened(stack)), user=str(request.session_hash)
-        )
-        write_edit(edit, target)
-        return self.offered(target)
-
-    @_said
-    def lora(self, request: gr.Request, stack: Stack, model: str, *_: Any) -> dict:
-        """The whole stack as a LoRA in diffusers' layout."""
-        target = new_folder() / "pytorch_lora_weights.safetensors"
-        active = self.opened(stack)
-        self.session.call(
-            model, lambda m: export_edits(m, active, lora=target, full=None), user=str(request.session_hash)
-        )
-        return self.offered(target)
-
-    def opened(self, stack: Stack) -> list:
-        """The active edits of a stack; RequestError when there is none."""
-        if not stack.active():
-            raise RequestError("There is nothing to save: no edit in the stack is on.")
-        return [self.session.shelf.open(entry) for entry in self.pictures.entries(stack)]
-
-    def offered(self, file: Path) -> dict:
-        """A file to download."""
-        return {
-            self.out["file"]: gr.File(value=str(file), visible=True),
-            self.out["status"]: f"{file.name} is ready.",
-        }
 
     # ---- grids --------------------------------------------------------------------------------------------
 

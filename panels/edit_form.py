@@ -62,6 +62,12 @@ def form() -> dict[str, Any]:
     return found
 
 
+def examples(form: dict[str, Any], out: dict[str, Any]) -> None:
+    """Edits to try, each with a prompt to look at."""
+    filled = [*(form[n] for n in ("concept", "replacement", "method")), out["prompt"]]
+    gr.Examples(EXAMPLES, filled, label="Examples", elem_id="edit-examples")
+
+
 def outputs() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """All outputs by name; the audit's inputs and outputs, which stand among them."""
     out: dict[str, Any] = {"status": widgets.status_line("edit")}
@@ -97,6 +103,7 @@ def _preview(out: dict[str, Any]) -> None:
             )
             out["save"] = gr.Button("Save as edit file", elem_id="edit-save", **small)
             out["lora"] = gr.Button("Save as LoRA", elem_id="edit-lora", **small)
+            out["full"] = gr.Button("Save whole model", elem_id="edit-full", **small)
         out["file"] = gr.File(visible=False, label="Saved", elem_id="edit-file")
     _grids(out)
 

@@ -9,8 +9,9 @@ import gradio as gr
 import numpy as np
 
 from panels import heatmap, widgets
-from panels.running import QUIET, Running
+from panels.running import QUIET, STREAM, Running
 from panels.trace_view import ASK, PICTURES, detail, drawn, figure_of, headline
+from panels.trace_words import WordMaps
 from studio.jobs import Job
 from studio.registry import Method, find_method, parse_seeds
 from studio.session import Session
@@ -105,7 +106,7 @@ def _outputs() -> dict[str, Any]:
         out["text"] = widgets.line(ASK, "trace-detail-text", lines=2)
         out["seed"] = widgets.Choice([], label="Seed", visible=False, elem_id="trace-detail-seed")
         with gr.Row(elem_id="trace-images", elem_classes="pictures"):
-            out |= widgets.pictures("trace", PICTURES)
+            out |= widgets.pictures("trace", PICTURES, also="word_map")
     out["export"] = widgets.export_buttons("trace")
     return out
 
@@ -117,6 +118,7 @@ class _Panel(Running):
         super().__init__("trace", session, form, out)
         knobs = widgets.knobs([find_method(m) for m in METHODS])
         self.switched = [n for n in form if n in knobs or n.startswith("kinds-")]
+        self.words = WordMaps(session)
 
     def wire(self) -> None:
         """Connects buttons, fields, the map, loading and leaving."""
@@ -124,8 +126,13 @@ class _Panel(Running):
         self.wire_run(form["prompt"].submit, form["subject"].submit)
         form["method"].change(self.switch, form["method"], [form[n] for n in self.switched], **QUIET)
         picked, often = [self.state, out["seed"]], dict(trigger_mode="multiple", **QUIET)
-        out["figure"].select(widgets.guarded(self.click), picked, [self.cell, *self.fields], **often)
-        out["seed"].input(widgets.guarded(self.other_seed), [*picked, self.cell], self.fields, **often)
+        shown = [c for c in self.fields if c is not out["word_map"]]
+        map_of = dict(inputs=[*picked, self.cell], outputs=out["word_map"], trigger_mode="always_last")
+        for event in (
+            out["figure"].select(widgets.guarded(self.click), picked, [self.cell, *shown], **often),
+            out["seed"].input(widgets.guarded(self.other_seed), [*picked, self.cell], shown, **often),
+        ):
+            event.then(widgets.guarded(self.word_map), **map_of, **STREAM)
 
     def recipe(self, given: dict[str, Any]) -> Recipe:
         """The recipe that the inputs describe."""
@@ -152,6 +159,17 @@ class _Panel(Running):
         recipe, result = self.measured(kept)
         return detail(recipe, result, figure_of(recipe, result), tuple(cell), seed, self.out)
 
+    def word_map(
+        self, request: gr.Request, kept: dict | None, seed: str | None, cell: tuple[int, int] | None
+    ) -> Any:
+        """Where the traced words lie on the image, beside the cell that was picked in a finished trace."""
+        if cell is None or not kept or not kept.get("run"):
+            return gr.skip()
+        recipe, result = self.measured(kept)
+        name = figure_of(recipe, result).data["names"][cell[0]][cell[1]]
+        seeds = [str(s) for s in recipe.seeds]
+        return self.words.update(recipe, seed if seed in seeds else seeds[0], name, str(request.session_hash))
+
     def switch(self, name: str) -> list[Any]:
         """Another method was chosen: its own knobs show."""
         chosen = find_method(name)
@@ -173,7 +191,9 @@ class _Panel(Running):
     def cleared(self) -> dict[Any, Any]:
         """Nothing of the last run stays."""
         out = self.out
-        hidden = {out[n]: gr.update(visible=False, value=None) for n in (*PICTURES, "slider", "strip")}
+        hidden = {
+            out[n]: gr.update(visible=False, value=None) for n in (*PICTURES, "slider", "strip", "word_map")
+        }
         return {
             out["figure"]: {"hint": "The first cells are on their way …"},
             out["table"]: "",

@@ -128,13 +128,18 @@ def table(panel: str) -> gr.Textbox:
     )
 
 
-def pictures(panel: str, names: tuple[str, ...]) -> dict[str, Any]:
-    """Images by name and a slider that compares two of them, hidden until there is something to show."""
+def pictures(panel: str, names: tuple[str, ...], also: str = "") -> dict[str, Any]:
+    """Images by name, one more (`also`) that is compared with none, and a slider that compares two of them;
+    hidden until there is something to show."""
     look = dict(visible=False, interactive=False, min_width=120, elem_classes="pixels", format="png")
     out: dict[str, Any] = {}
-    for name in names:
+    for name in filter(None, (*names, also)):
         out[name] = gr.Image(
-            label=name.capitalize(), height=200, buttons=["fullscreen"], elem_id=f"{panel}-{name}", **look
+            label=name.replace("_", " ").capitalize(),
+            height=200,
+            buttons=["fullscreen"],
+            elem_id=f"{panel}-{name}",
+            **look,
         )
     out["slider"] = gr.ImageSlider(
         label="Compare", type="numpy", max_height=200, buttons=[], elem_id=f"{panel}-slider", **look

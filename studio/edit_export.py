@@ -54,7 +54,8 @@ def lora_tensors(deltas: Mapping[str, Any]) -> dict[str, np.ndarray]:
         part, module = name.split(".", 1)
         if delta.ndim != 2 or not module.endswith(".weight"):
             raise RequestError(
-                f"A LoRA can't hold the change of {name}, only those of matrices; take --full."
+                f"A LoRA can't hold the change of {name}, only those of matrices; take the whole model "
+                "(--full)."
             )
         module = module.removesuffix(".weight")
         module = stored_text_name(module) if part.startswith("text_encoder") else module
@@ -84,7 +85,9 @@ def low_rank(name: str, delta: Any) -> tuple[Any, Any]:
     least, basis = TOLERANCE * rest.norm(), []
     while rest.norm() > least:
         if len(basis) >= min(rest.shape) // 2:
-            raise RequestError(f"The change of {name} has no low rank, so it makes no LoRA; take --full.")
+            raise RequestError(
+                f"The change of {name} has no low rank, so it makes no LoRA; take the whole model (--full)."
+            )
         column = rest[:, rest.square().sum(0).argmax()]
         for q in basis:  # once more, against what rounding left of the others
             column = column - q * (q @ column)

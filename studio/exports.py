@@ -62,9 +62,9 @@ def _remove(folders: Iterable[Path]) -> int:
     return sum(not folder.exists() for folder in doomed)
 
 
-def to_zip(folder: Path, target: Path) -> Path:
-    """The whole run folder as a zip file at `target`."""
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as out:
+def to_zip(folder: Path, target: Path, *, packed: bool = True) -> Path:
+    """The whole folder as a zip file at `target`; not `packed`: as it is, for what can't be made smaller."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as out:
         for file in sorted(folder.rglob("*")):
             if file.is_file():
                 out.write(file, Path(folder.name) / file.relative_to(folder))

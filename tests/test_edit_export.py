@@ -78,7 +78,7 @@ def test_an_edit_with_biases_leaves_whole(tmp_path: Path) -> None:
         Active(Edit({BIAS: delta(model, BIAS, scale=300.0), KEY: delta(model, KEY)}, model.fingerprint))
     ]
     for name in (BIAS, KEY):
-        with pytest.raises(RequestError, match="take --full"):
+        with pytest.raises(RequestError, match=r"take the whole model \(--full\)"):
             lora_tensors({name: compose(model, active)[name]})
     export_edits(model, active, lora=None, full=tmp_path / "full")
     wanted = own_image(model, active)

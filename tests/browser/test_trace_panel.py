@@ -46,6 +46,8 @@ def test_one_whole_path(visit: Visit, tmp_path: Any) -> None:
         "up_blocks.0.attentions.0.transformer_blocks.0.attn2 (cross-attention): indirect effect"
     )
     assert all(page.locator(f"#trace-{n} img").count() for n in ("clean", "corrupted", "restored", "slider"))
+    page.wait_for_selector("#trace-word_map img")
+    assert "“red star” in this layer" in page.locator("#trace-word_map").inner_text()
     for kind, start in (
         ("svg", b"<?xml"),
         ("png", b"\x89PNG"),

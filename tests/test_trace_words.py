@@ -1,0 +1,53 @@
+"""A word's map beside its trace: the right word, layer and seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from panels.trace_words import WordMaps, map_recipe, picture
+from studio.methods.word_maps import overlay
+from studio.types import Recipe
+
+PROMPT = "a red star on a red background"
+
+
+def traced(**inputs: Any) -> Recipe:
+    given = {"prompt": PROMPT, "subject": "red", **inputs}
+    return Recipe("trace-unet", "atlas-sd", given, {"steps": 2, "guidance": 2.0, "noise": 3.0}, (4, 5))
+
+
+def test_it_asks_for_the_traced_words_as_they_were_drawn() -> None:
+    asked = map_recipe(traced(), "5")
+    assert (asked.method, asked.seeds, asked.inputs) == (
+        "word-maps",
+        (5,),
+        {"prompt": PROMPT, "words": ["red"]},
+    )
+    assert asked.params == {"steps": 2, "guidance": 2.0, "scheduler": None, "by": "layer"}
+
+
+@pytest.mark.parametrize("occurrence", [1, 2])
+def test_the_picture_is_that_of_the_layer_and_of_the_occurrence(session: Any, occurrence: int) -> None:
+    recipe = traced(subject_occurrence=occurrence)
+    result = session.run(map_recipe(recipe, "4"), save=False).result
+    layer = result.arrays["maps_by"].axis("layer").labels[3]
+    drawn, label = picture(recipe, result, layer)
+    heat = result.arrays["maps_by"].values[0, occurrence - 1, 3].repeat(4, 0).repeat(4, 1)
+    assert (
+        np.array_equal(drawn, overlay(result.arrays["images"].values[0, 0], heat)) and "this layer" in label
+    )
+    whole, label = picture(recipe, result, "down_blocks.0.resnets.0")
+    want = overlay(result.arrays["images"].values[0, 0], result.arrays["maps"].values[0, occurrence - 1])
+    assert np.array_equal(whole, want) and "all layers" in label
+
+
+def test_a_map_is_made_once_and_none_where_nothing_is_traced(session: Any, monkeypatch: Any) -> None:
+    words = WordMaps(session)
+    first = words.update(traced(), "4", "", "me")
+    monkeypatch.setattr(session, "run", None)
+    again = words.update(traced(), "4", "", "me")
+    assert first["visible"] and np.array_equal(first["value"], again["value"])
+    assert not words.update(Recipe("lens", "atlas-sd", {"prompt": PROMPT}, {}), "0", "", "me")["visible"]
