@@ -23,23 +23,24 @@ from studio.models.vit_layouts import Attention, Layout, Write
 class Parts:
     """What one batch is made of: the representation (N, dim) and, by label, every component (N, dim).
 
-    outputs: by head label, sum_t w_t o_ht (N, head size), before W_O, where the path has one class (else
-    empty). tokens: (N, tokens, K) scores of key tokens, summed over the heads asked for, not divided by
-    anything; None when not asked for.
+    outputs: by head label, sum_t w_t o_ht (N, head size), before W_O, where the path has one class. tokens:
+    (N, tokens, K) scores of key tokens, summed over the heads asked for, not divided by anything. by_head:
+    (heads of all layers asked for, N, tokens, K). Both None when not asked for.
     """
 
     representation: torch.Tensor
     components: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
     tokens: torch.Tensor | None = None
+    by_head: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class TokenQuestion:
-    """Scores of key tokens: along `directions` (K, dim) of the representation, summed over the heads named
-    (None: all). keep: also keep every head's own (head, N, tokens, K)."""
+    """Scores of key tokens, summed over the heads named (None: all). directions(attention): what a head's
+    output is multiplied by (heads, head size, K), see `along`. keep: keep every head's own too."""
 
-    directions: torch.Tensor
+    directions: Callable[[Attention], torch.Tensor]
     heads: frozenset[str] | None = None
     keep: bool = False
 
@@ -69,6 +70,11 @@ class Decomposition:
         return (
             len(self.maps) == 1 and len(self.maps[0]) == 1 and all(a.attend for a in self.layout.attentions)
         )
+
+    def along(self, directions: torch.Tensor) -> Callable[[Attention], torch.Tensor]:
+        """Directions (K, dim) of the representation, folded into each head's output matrix."""
+        folded = self.maps[0][0] @ directions.T
+        return lambda part: head_matrix(part) @ folded
 
     @torch.no_grad()
     def run(self, pixels: torch.Tensor, tokens: TokenQuestion | None = None) -> Parts:
@@ -170,7 +176,7 @@ class _Pass:
         found = [outputs[m] for m in part.sources]
         reads = key_weights(part, found, weights).transpose(1, 2)  # (N, tokens, heads)
         values = part.values(found[-1]).float() * reads[..., None]
-        matrix = head_matrix(part) @ (self.whole.maps[0][0] @ self.question.directions.T)
+        matrix = self.question.directions(part)
         if asked is not None:
             chosen = torch.tensor([name in asked for name in labels], device=matrix.device)
             matrix = matrix * chosen[:, None, None]
@@ -199,7 +205,8 @@ class _Pass:
         components, outputs = self._components(weights, factor, streamed)
         components |= path.constants(self.seen, weights)
         scores = None if self.scores is None else self.scores * factor[:, None, None]
-        return Parts(representation, components, outputs, scores)
+        kept = torch.cat(self.by_head) * factor[:, None, None] if self.by_head else None
+        return Parts(representation, components, outputs, scores, kept)
 
     def _components(
         self, weights: list[torch.Tensor], factor: torch.Tensor, streamed: bool

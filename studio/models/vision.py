@@ -79,18 +79,23 @@ class ClipModel:
         return torch.cat(parts).numpy()
 
     def text_features(self, texts: list[str]) -> np.ndarray:
-        """Unit vectors (N, D) float32 of texts."""
-        return np.stack([self._texts(t) for t in texts])
+        """Unit vectors (N, D) float32 of texts; many are encoded 64 at a time and not kept."""
+        if len(texts) <= 64:
+            return np.stack([self._texts(t) for t in texts])
+        return np.concatenate([self._encoded(texts[i : i + 64]) for i in range(0, len(texts), 64)])
+
+    def _text(self, text: str) -> np.ndarray:
+        return self._encoded([text])[0]
 
     @torch.no_grad()
-    def _text(self, text: str) -> np.ndarray:
-        ids = self._ids([text]).to(self.device)
+    def _encoded(self, texts: list[str]) -> np.ndarray:
+        ids = self._ids(texts).to(self.device)
         features = (
             self.net.encode_text(ids)
             if self.family == "open_clip"
             else _tensor(self.net.get_text_features(input_ids=ids))
         )
-        return torch.nn.functional.normalize(features.float(), dim=-1)[0].cpu().numpy()
+        return torch.nn.functional.normalize(features.float(), dim=-1).cpu().numpy()
 
     def shares_text_encoder(self, model: Any) -> bool:
         """Whether a generator was built on this very text encoder, which makes its score less independent."""
