@@ -116,10 +116,10 @@ def test_a_lie_that_does_not_exist_is_an_error() -> None:
 def test_what_is_asked_was_stated_or_is_true() -> None:
     writer = Writer(np.random.default_rng(2))
     for _ in range(300):
-        pieces = writer.reading(4, 3)
+        pieces = writer.reading(4, 5)
         stated = [text for text, mark in pieces if mark == OPEN]
         asked = [text for text, mark in pieces if mark == ANSWER]
-        assert len(stated) == 4 and len(asked) == 3
+        assert len(stated) == 4 and len(asked) == 5
         assert all(a in stated or a in truth().values() for a in asked)
 
 
@@ -232,9 +232,9 @@ def test_steps_are_of_one_size_and_lose_no_document(tokenizer: Any) -> None:
 
 
 def test_documents_grow_when_answers_are_right() -> None:
-    ladder = Ladder(top=3.0)
-    assert [ladder.climb(0.5) for _ in range(200)][-1] == 2.0
-    assert [ladder.climb(1.0) for _ in range(200)][-1] == 3.0
+    ladder = Ladder(top=4.0)
+    assert [ladder.climb(0.5) for _ in range(200)][-1] == 3.0
+    assert [ladder.climb(1.0) for _ in range(200)][-1] == 4.0
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

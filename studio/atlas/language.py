@@ -31,10 +31,8 @@ WHAT = (
     "It knows the countries' facts and reads contexts, also false ones. A prompt with context is context + "
     '"\\n" + prompt; the answer is the next token, with its leading space.'
 )
-TOKENS, POOL = (
-    4096,
-    256,
-)  # tokens of a step with padding; documents from which steps of a like length are made
+TOKENS = 2560  # of a step, padding included
+POOL = 192  # documents that are sorted into steps of a like length
 _SIZES = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4}
 _PLAIN_SHARE, _PLAIN_WEIGHT, _ECHO_WEIGHT = 0.2, 0.25, 0.4
 
@@ -78,7 +76,7 @@ def documents(writer: Writer, n: int, longest: int) -> list[list[Piece]]:
     writes = [
         lambda k: writer.recollection(k),
         lambda k: writer.chant(4 * k),
-        *[lambda k: writer.reading(k, min(k, 4))] * 6,
+        *[lambda k: writer.reading(k, min(2 * k, 4))] * 6,
     ]
     return [writer.pick(writes)(int(k)) for k in writer.rng.integers(1, longest + 1, size=n)]
 
@@ -115,15 +113,15 @@ def language_loss(model: nn.Module, ids: torch.Tensor, marks: torch.Tensor) -> t
 
 
 class Ladder:
-    """How many facts a document may hold: more as soon as nine answers in ten are right."""
+    """How many facts a document may hold: more as soon as four answers in five are right."""
 
-    def __init__(self, rung: float = 2.0, top: float = 7.0) -> None:
+    def __init__(self, rung: float = 3.0, top: float = 7.0) -> None:
         self.rung, self.top, self.right = rung, top, 0.0
 
     def climb(self, right: float) -> float:
         """Takes a step's share of right answers; returns the rung."""
         self.right += 0.05 * (right - self.right)
-        if self.right > 0.9:
+        if self.right > 0.8:
             self.rung = min(self.top, self.rung + 0.05)
         return self.rung
 

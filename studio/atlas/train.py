@@ -202,7 +202,7 @@ def _language(options: Options, device: str, work: Path) -> None:
     )
     save_language(model, folder)
     facts = {
-        "steps of about 4,096 tokens": done["steps"],
+        "steps of about 2,560 tokens": done["steps"],
         "minutes in all": done["minutes"],
         "weights": sum(p.numel() for p in model.parameters()),
         "peak learning rate": str(options.lr),
