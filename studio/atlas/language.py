@@ -143,7 +143,7 @@ def train_language(
     model = new_model(name, tokenizer)
     if start is not None:
         model.load_state_dict(start)
-    model.to(device)
+    model.to(device).set_attn_implementation("eager")  # the CPU's bfloat16 kernel is slow backwards
     source = batches(Writer(np.random.default_rng()), tokenizer)
     next(source)
 
