@@ -23,8 +23,8 @@ Window = tuple[int, int]
 @dataclass(frozen=True, eq=False)
 class CleanRun:
     """One clean forward of a prompt of T tokens: by layer the inputs of the block (T, D), the keys and values
-    (KV, T, d) float32 and which keys each query sees (T, T) bool; `last` the last block's output (T, D),
-    `logits` (vocabulary) float32 after the last token."""
+    (KV, T, d) float32 and which keys each query sees (T, T) bool; `rest` the block's other arguments; `last`
+    the last block's output (T, D), `logits` (vocabulary) float32 after the last token."""
 
     model: Any
     ids: tuple[int, ...]
@@ -32,6 +32,7 @@ class CleanRun:
     keys: tuple[torch.Tensor, ...]
     values: tuple[torch.Tensor, ...]
     seen: tuple[torch.Tensor, ...]
+    rest: tuple[tuple[tuple, dict[str, Any]], ...]
     last: torch.Tensor
     logits: torch.Tensor
 
@@ -62,6 +63,7 @@ def clean_run(model: Any, ids: Sequence[int]) -> CleanRun:
         tuple(ids),
         tuple(tape.read[site][0] for site in sites),
         *(tuple(found[i] for i in order) for found in (keys, values, seen)),
+        tuple(tape.rest[site] for site in sites),
         tape[final][0],
         out.logits[0, -1].float(),
     )
@@ -74,14 +76,20 @@ class Suffix:
         self.clean, self.model, self.start = clean, clean.model, start
         self.n = len(clean.ids) - start
         self._cut: torch.Tensor | None = None
-        sites = self.model.sites(("hidden",))
-        ids = torch.tensor([list(clean.ids[start:])], device=self.model.device)
-        place = torch.arange(start, len(clean.ids), device=self.model.device)[None]
-        with torch.no_grad(), watch(sites, inputs=sites) as tape:  # the other arguments of every block
-            self.model.net(
-                input_ids=ids, position_ids=place, use_cache=False, logits_to_keep=1, seam=self._attend
-            )
-        self._rest = [tape.rest[site] for site in sites]
+        self._rest = [self._sliced(*rest) for rest in clean.rest]
+
+    def _sliced(self, arguments: tuple, options: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """A block's other arguments for the suffix: of what has a row for each token (positions and their
+        rotary embedding) the rows from `start` on; attention is ours."""
+        length = len(self.clean.ids)
+
+        def cut(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(cut(v) for v in value)
+            by_token = isinstance(value, torch.Tensor) and value.dim() > 1 and value.shape[:2] == (1, length)
+            return value[:, self.start :] if by_token else value
+
+        return cut(arguments), {k: cut(v) for k, v in options.items()} | {"seam": self._attend}
 
     def fresh(self, layer: int, streams: int) -> torch.Tensor:
         """Clean inputs of block `layer`, (streams, n, D)."""
@@ -107,25 +115,20 @@ class Suffix:
         """Attention of the streams' queries (R, H, n, d) to the clean prefix, which all share, and to their
         own keys and values (R, KV, n, d); (R, n, H, d). A query that sees nothing gives zero."""
         rows, heads, n, d = q.shape
-        groups = k.shape[1]
-        dtype, k, v = q.dtype, k.float(), v.float()
-        q = (q.float() * scaling).reshape(rows, groups, -1, d)  # (R, KV, H / KV * n, d)
-        before = slice(0, self.start)
-        shared = q.transpose(0, 1).reshape(groups, -1, d)
-        prefix = shared @ self.clean.keys[layer][:, before].transpose(1, 2)
-        prefix = prefix.reshape(groups, rows, -1, self.start).transpose(0, 1)
+        groups, dtype, edge = k.shape[1], q.dtype, self.start
+        q = (q.float() * scaling).unflatten(1, (groups, -1)).transpose(0, 1)  # (KV, R, H / KV, n, d)
+        k, v = k.float().transpose(0, 1)[:, :, None], v.float().transpose(0, 1)[:, :, None]
+        shared = q.reshape(groups, -1, d) @ self.clean.keys[layer][:, :edge].transpose(1, 2)
         own = (q * k).sum(-1, keepdim=True) if n == 1 else q @ k.transpose(-1, -2)
-        scores = torch.cat([prefix, own], -1).unflatten(2, (-1, n))  # (R, KV, H / KV, n, T)
-        hidden = ~self.clean.seen[layer][self.start :]
-        hidden = hidden[None] if self._cut is None else hidden | self._cut
-        scores.masked_fill_(hidden[:, None, None], -torch.inf)
-        weights = scores.softmax(-1).masked_fill_(hidden[:, None, None].all(-1, keepdim=True), 0.0)
-        weights = weights.flatten(2, 3)
-        shared = weights[..., before].transpose(0, 1).reshape(groups, -1, self.start)
-        out = (shared @ self.clean.values[layer][:, before]).reshape(groups, rows, -1, d).transpose(0, 1)
-        own = weights[..., self.start :]
-        out = out + (own * v if n == 1 else own @ v)
-        return out.reshape(rows, heads, n, d).transpose(1, 2).to(dtype)
+        scores = torch.cat([shared.view(*q.shape[:-1], edge), own], -1)
+        hidden = ~self.clean.seen[layer][edge:]
+        hidden = (hidden[None] if self._cut is None else hidden | self._cut)[:, None]
+        weights = scores.masked_fill_(hidden, -torch.inf).softmax(-1)
+        weights.masked_fill_(hidden.all(-1, keepdim=True), 0.0)
+        out = weights.view(groups, -1, edge + n)[..., :edge] @ self.clean.values[layer][:, :edge]
+        own = weights[..., edge:]
+        out = out.view(q.shape) + (own * v if n == 1 else own @ v)
+        return out.permute(1, 3, 0, 2, 4).reshape(rows, n, heads, d).to(dtype)
 
 
 def cut_windows(suffix: Suffix, cuts: torch.Tensor, windows: Sequence[Window]) -> list[torch.Tensor]:

@@ -1,5 +1,5 @@
-"""Attention knockouts the slow, obvious way: one whole forward for every cell, the model's own eager attention
-and an additive mask of its own in the layers of the window.
+"""Attention knockouts the slow, obvious way: one whole forward for every cell, the model's own eager
+attention and an additive mask of its own in the layers of the window.
 
 Dissecting Factual Associations, arXiv 2304.14767: the score of an edge is minus infinity in every head.
 """
