@@ -133,7 +133,7 @@ def test_a_ray_cluster_of_our_own(tmp_path: Path) -> None:
         first[1].kill()
         for _ in range(4):  # whichever worker answers is a new one
             runner.locate("atlas-sd", "diffusion")
-        with pytest.raises(StudioError, match="Another cluster|in a Ray cluster already"):
+        with pytest.raises(StudioError, match="in a Ray cluster already"):
             Ray(store, OPTIONS, workers=1)
         runner.locate("atlas-sd", "diffusion")
     finally:
@@ -143,10 +143,8 @@ def test_a_ray_cluster_of_our_own(tmp_path: Path) -> None:
         runner.run(GENERATE)
     wait(lambda: {p.pid for p in mine()} <= processes, 30)
     assert not list(Path("/tmp").glob(f"locus-ray-*/session_*_{os.getpid()}"))
-    changed = {k: v for k, v in os.environ.items() if before.get(k) != v} | dict(
-        (k, None) for k in before.keys() - os.environ.keys()
-    )
-    assert changed.keys() <= {"RAY_CLIENT_MODE"}
+    touched = {k for k in before | os.environ if before.get(k) != os.environ.get(k)}
+    assert touched <= {"RAY_CLIENT_MODE", "PYTHONBREAKPOINT"}  # these are Ray's own doing
 
 
 @pytest.mark.slow
