@@ -221,7 +221,10 @@ def sweep(argv: list[str]) -> int:
     only_checks = {"device": "cpu", "dtype": "auto"} if given.get("engine", "local") != "local" else {}
     with contextlib.closing(new_session({**given, **only_checks})) as here:
         asked = recipes(read, here.checked, DEFAULT_MODELS)
-        with contextlib.closing(open_runner(here, given, counts["workers"])) as runner:
+        with (
+            contextlib.redirect_stdout(sys.stderr),  # Ray prints there when a worker dies
+            contextlib.closing(open_runner(here, given, counts["workers"])) as runner,
+        ):
             told = run_sweep(read, asked, runner, here.store, out, sweep_bar())
     if given["json"]:
         print(json.dumps(told, indent=1, ensure_ascii=False))
