@@ -212,11 +212,33 @@ def sweep(argv: list[str]) -> int:
     if "out" not in given:
         raise RequestError("Where to? `locus sweep FILE.yaml --out DIR`.")
     counts = {k: _count(k, given[k]) if k in given else None for k in ("limit", "workers")}
+    try:
+        told = _swept(argv[0], given, counts)
+    except KeyboardInterrupt:
+        print(
+            "locus: Interrupted; finished runs are kept, the same command goes on from there.",
+            file=sys.stderr,
+        )
+        return 130
+    if given["json"]:
+        print(json.dumps(told, indent=1, ensure_ascii=False))
+    else:
+        print(f"{told['made']} runs made, {told['found']} found in the store, {told['failed']} failed")
+        print(Path(given["out"]).expanduser())
+    from studio.sweep import fault_of
+
+    if (fault := fault_of(told)) is not None:
+        raise fault
+    return 0
+
+
+def _swept(file: str, given: dict[str, Any], counts: dict[str, int | None]) -> dict[str, Any]:
+    """The summary of a sweep; RequestError before anything is written."""
     from studio.runners import open_runner
-    from studio.sweep import check_out, fault_of, run_sweep
+    from studio.sweep import check_out, run_sweep
     from studio.sweep_file import read_sweep, recipes
 
-    read, out = read_sweep(argv[0], counts["limit"]), Path(given["out"]).expanduser()
+    read, out = read_sweep(file, counts["limit"]), Path(given["out"]).expanduser()
     check_out(out, read)
     only_checks = {"device": "cpu", "dtype": "auto"} if given.get("engine", "local") != "local" else {}
     with contextlib.closing(new_session({**given, **only_checks})) as here:
@@ -225,15 +247,7 @@ def sweep(argv: list[str]) -> int:
             contextlib.redirect_stdout(sys.stderr),  # Ray prints there when a worker dies
             contextlib.closing(open_runner(here, given, counts["workers"])) as runner,
         ):
-            told = run_sweep(read, asked, runner, here.store, out, sweep_bar())
-    if given["json"]:
-        print(json.dumps(told, indent=1, ensure_ascii=False))
-    else:
-        print(f"{told['made']} runs made, {told['found']} found in the store, {told['failed']} failed")
-        print(out)
-    if (fault := fault_of(told)) is not None:
-        raise fault
-    return 0
+            return run_sweep(read, asked, runner, here.store, out, sweep_bar())
 
 
 def sweep_bar() -> Callable[[Any], None]:

@@ -495,6 +495,18 @@ def test_a_failure_is_exit_1(call: Callable, monkeypatch: pytest.MonkeyPatch, tm
     assert code == 1 and out.startswith("4 runs made") and "2 of 6 runs failed" in err[0] and len(err) == 1
 
 
+def test_ctrl_c_says_that_it_goes_on(call: Callable, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Stopped(Fake):
+        def run(self, recipe: Recipe) -> Run:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("studio.runners.open_runner", lambda here, given, workers: Stopped(here.store))
+    given = (write(tmp_path, PLAIN), "--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs"))
+    code, out, err = call(*given)
+    assert (code, out) == (130, "")
+    assert err == ["locus: Interrupted; finished runs are kept, the same command goes on from there."]
+
+
 def test_the_bar_says_what_is_left(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     assert commands.sweep_bar()(Progress(3)) is None
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
