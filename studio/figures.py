@@ -163,12 +163,13 @@ def _bars(figure: Figure) -> Any:
 
 
 def _curve(figure: Figure) -> Any:
-    """data: series ({name, x, y, labels (one a point; "" for none), line (bool: points are joined)}), lines
+    """data: series ({name, x, y, labels (one a point; "" for none), line (bool: points are joined),
+    and optionally low, high: a band shaded behind it}), lines
     ((name, y), drawn across), x_title, y_title. Points with a NaN are left out."""
     data = figure.data
     canvas = _canvas(5.6, 4.6, figure)
     axes = canvas.subplots()
-    colours = itertools.cycle((POSITIVE, NEGATIVE, "#3f3f46", "#7c9a3a"))
+    colours = itertools.cycle((POSITIVE, NEGATIVE, "#3f3f46", "#7c9a3a", "#b8860b", "#7b3294"))
     for series, colour in zip(data["series"], colours, strict=False):
         x, y = np.asarray(series["x"], float), np.asarray(series["y"], float)
         known = np.isfinite(x) & np.isfinite(y)
@@ -179,6 +180,8 @@ def _curve(figure: Figure) -> Any:
             "color": colour,
         }
         axes.plot(x[known], y[known], label=_short(series["name"]), **look)
+        if "low" in series:
+            axes.fill_between(x, series["low"], series["high"], color=colour, alpha=0.14, linewidth=0)
         for i in np.flatnonzero(known):
             if series["labels"][i]:
                 at = {"xytext": (4, 3), "textcoords": "offset points", "fontsize": 7, "color": colour}
