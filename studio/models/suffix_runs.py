@@ -161,15 +161,17 @@ def cut_windows(suffix: Suffix, cuts: torch.Tensor, windows: Sequence[Window]) -
     return [opened[lo, hi] if hi < depth else blocked[lo] for lo, hi in windows]
 
 
-def patched_layers(suffix: Suffix, states: Sequence[torch.Tensor], at: Sequence[int]) -> torch.Tensor:
+def patched_layers(
+    suffix: Suffix, states: Sequence[torch.Tensor], at: Sequence[int], layers: Sequence[int]
+) -> torch.Tensor:
     """The last block's output (layers, n, D) when block l's output at the suffix's positions `at` is
-    states[l] (len(at), D), for each layer l in turn."""
-    depth, streams = len(suffix.model.blocks), None
-    place = torch.as_tensor(list(at), device=suffix.model.device)
-    for layer in range(depth):
+    states[l] (len(at), D), for each of `layers` (ascending) in turn."""
+    streams, place = None, torch.as_tensor(list(at), device=suffix.model.device)
+    for layer in range(min(layers), len(suffix.model.blocks)):
         if streams is not None:
             streams = suffix.block(layer, streams)
-        start = suffix.clean.after(layer)[None, suffix.start :].clone()
-        start[0, place] = states[layer].to(start.dtype)
-        streams = start if streams is None else torch.cat([streams, start])
+        if layer in layers:
+            start = suffix.clean.after(layer)[None, suffix.start :].clone()
+            start[0, place] = states[layer].to(start.dtype)
+            streams = start if streams is None else torch.cat([streams, start])
     return streams
