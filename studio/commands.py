@@ -247,7 +247,10 @@ def _swept(file: str, given: dict[str, Any], counts: dict[str, int | None]) -> d
             contextlib.redirect_stdout(sys.stderr),  # Ray prints there when a worker dies
             contextlib.closing(open_runner(here, given, counts["workers"])) as runner,
         ):
-            return run_sweep(read, asked, runner, here.store, out, sweep_bar())
+            told = run_sweep(read, asked, runner, here.store, out, sweep_bar())
+        if "address" not in given:  # on a shared store another machine may be writing
+            here.store.sweep_leftovers()
+    return told
 
 
 def sweep_bar() -> Callable[[Any], None]:

@@ -23,7 +23,7 @@ from studio.registry import Method
 from studio.runners import Runner, sentence_of
 from studio.store import HIDDEN, Store, check_free
 from studio.sweep_file import Point, Sweep
-from studio.sweep_tables import combine, combined_table, draw, runs_table
+from studio.sweep_tables import MOST_ENTRIES, combine, combined_table, draw, runs_table
 from studio.types import Figure, Recipe, Result, Run
 
 MARK = "sweep.json"
@@ -205,11 +205,12 @@ def _write(out: Path, sweep: Sweep, outcomes: Sequence[Outcome], store: Store) -
 
 
 def _numbers_of(store: Store, outcome: Outcome) -> Result | None:
-    """The arrays and values of a finished run, without its images."""
+    """The arrays and values of a finished run, without pictures and what is too large for the tables."""
     if not outcome.run:
         return None
     result = store.load(outcome.run).result
-    return Result({n: t for n, t in result.arrays.items() if t.values.dtype.kind in "fib"}, result.values)
+    kept = {n: t for n, t in result.arrays.items() if t.values.dtype.kind in "fib"}
+    return Result({n: t for n, t in kept.items() if t.values.size <= MOST_ENTRIES}, result.values)
 
 
 def _told(number: int, outcome: Outcome) -> dict[str, Any]:

@@ -539,6 +539,7 @@ def test_kill_in_the_middle_repeats_and_loses_nothing(call: Callable, atlas: Any
     assert code == 0
     assert out.startswith(f"{4 - len(before)} runs made, {len(before)} found in the store, 0 failed")
     assert len(Store(runs).ids()) == 4 and set(before) < set(Store(runs).ids())
+    assert not list(runs.glob(".partial-*"))
     assert {tuple(read_run(runs / i).recipe.seeds) for i in Store(runs).ids()} == {(0,), (1,), (2,), (3,)}
 
 
