@@ -1,10 +1,10 @@
 """The decomposition in the slow, obvious way: float64, every component's whole vector by the full Jacobian.
 
 The net is copied in float64 and its norms on the way to the representation are replaced by affine maps with
-the statistics of these very images, attention pools by their probabilities. What is left of the way is linear,
-so a vector written at a place becomes exactly J times that vector, J being found one output number at a time.
-A head's vector is formed at every place: sum over key tokens of attention times value times its columns of
-the output matrix. Nothing of studio/models/decomposition*.py is used.
+the statistics of these very images, attention pools by their probabilities. What is left of the way is
+linear, so a vector written at a place becomes exactly J times that vector, J being found one output number at
+a time. A head's vector is formed at every place: its output times its columns of the output matrix. Nothing
+of studio/models/decomposition*.py is used.
 """
 
 from __future__ import annotations
