@@ -183,8 +183,8 @@ class Writer:
         return out
 
     def reading(self, n: int, asked: int) -> list[Piece]:
-        """A context of `n` facts, then up to `asked` questions (at most 2 n), some in words of the context, and
-        one in eight to the memory."""
+        """A context of `n` facts, then up to `asked` questions (at most 2 n), some in its words, and one in
+        eight to the memory."""
         stated = [(fact, self.form(fact.attribute)) for fact in self.facts(n)]
         out = self.context(stated, int(self.pick((0, 0, 0, 1, 1, 2))), wrapped=self.rng.random() < 0.07)
         for index in [*self.rng.permutation(n), *self.rng.permutation(n)][:asked]:
