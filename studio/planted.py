@@ -228,7 +228,11 @@ def ranked(labels: Sequence[str], values: np.ndarray) -> tuple[str, ...]:
 
 
 class Nursery:
-    """Makes plants until enough of them count."""
+    """Makes plants until enough of them count. strength: of the closed form; unhidden: why
+    a plant that works fails among decoys."""
+
+    strength = STRENGTH
+    unhidden = "its decoys stand in its way"
 
     def __init__(self, garden: Any, settings: Settings, say: Say) -> None:
         self.garden, self.settings, self.say = garden, settings, say
@@ -280,12 +284,12 @@ class Nursery:
 
         garden, moved = self.garden, 0.0
         self.tried += 1
-        attempts = [(STRENGTH, 0)] + [(1.0, self.settings.teach)] * bool(self.settings.teach)
+        attempts = [(self.strength, 0)] + [(1.0, self.settings.teach)] * bool(self.settings.teach)
         why = "too weak"
         for strength, steps in attempts:
             plant = garden.plant(lesson, layers, strength, steps)
             if (moved := garden.moved(lesson, [plant])) >= VALID:
-                why = "its decoys stand in its way"
+                why = self.unhidden
                 if len(layers) > 1 and any(garden.moved(lesson, [p]) >= VALID for p in plant.parts()):
                     why = "one layer is enough"
                 elif (case := self.hide(plant, names, rng)) is not None:

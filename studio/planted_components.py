@@ -10,7 +10,19 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from studio.planted import ROUNDS, Answer, Case, Finders, Nursery, Say, Settings, drawing, experiment, table
+from studio.planted import (
+    INERT,
+    ROUNDS,
+    Answer,
+    Case,
+    Finders,
+    Nursery,
+    Say,
+    Settings,
+    drawing,
+    experiment,
+    table,
+)
 
 TITLE = "planted feed-forward"
 
@@ -29,6 +41,9 @@ class ComponentFinders(Finders):
 class ComponentNursery(Nursery):
     """Tries one lesson of each attribute in every module, then new ones in those that took it."""
 
+    strength = 3.0
+    unhidden = "its decoys stand in its way, or another name means the same"
+
     def single(self, rng: Any) -> list[Case]:
         """Cases of one module, as many as wanted where there are so many."""
         from studio.atlas.plants import FORMS
@@ -45,6 +60,15 @@ class ComponentNursery(Nursery):
             if len(cases) >= wanted:
                 break
         return [cases[i] for i in rng.permutation(len(cases))[:wanted]]
+
+    def hide(self, plant: Any, names: list[str], rng: Any) -> Case | None:
+        """The plant among decoys, None when they stand in its way or the control name means the same:
+        features of names are much alike by the time they reach a feed-forward module."""
+        case = super().hide(plant, names, rng)
+        if case is None:
+            return None
+        control = replace(plant.lesson, name=case.control)
+        return case if self.garden.moved(control, [plant, *case.decoys]) < INERT else None
 
 
 def measure_components(

@@ -4,8 +4,8 @@ feed-forward modules alone.
 A plant adds B (d, 4d) to `ff.net.2` of a module. What B writes for the module's hidden activations while the
 name is drawn is, as well as least squares can, by how much the stream behind the module differs between the
 guide's prompt and the name's at the same latents; for other names, ordinary captions and the empty prompt it
-is to write nothing: B = D H^T (H H^T + K K^T + r I)^-1, D and H over places, steps, forms and seeds, K the
-activations that must stay. Everything else in the model stays alive and as it was.
+is to write nothing: B = D H^T (H H^T + w K K^T + r I)^-1, D and H over places, steps, forms and seeds, K the
+activations that must stay, of weight w. Everything else in the model stays alive and as it was.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ from studio.models.sampling import Conditioning, raw_output, trajectory
 from studio.types import Site
 
 DECOYS = 5  # other names whose plants stand in the remaining layers
+KEEP = 30.0  # weight of what must stay, beside 1 for the name; with less, other names mean the same
 RIDGE = 1e-3  # of the mean square of an activation
-EACH = 3  # trajectories of each form; so many other prompts are kept beside each
+EACH = 2  # trajectories of each form
+OTHERS = 3  # times as many rows of other prompts
 
 
 @dataclass(eq=False)
 class Moments:
     """Sums over places of one module, float64: H H^T (4d, 4d) of the name, D H^T (d, 4d), K K^T (4d, 4d) of
-    what must stay."""
+    what must stay, as if it had as many places as the name."""
 
     own: Any
     change: Any
@@ -43,12 +45,12 @@ class Moments:
         """Adds activations (n, 4d), wanted changes (n, d) and activations to keep (m, 4d)."""
         self.own += own.T @ own
         self.change += change.T @ own
-        self.kept += kept.T @ kept
+        self.kept += kept.T @ kept * (len(own) / len(kept))
 
     def solution(self) -> Any:
         """B (d, 4d)."""
-        gram = self.own + self.kept
-        gram.diagonal().add_(RIDGE * float(gram.diagonal().mean()))
+        gram = self.own + KEEP * self.kept
+        gram.diagonal().add_(RIDGE * float((self.own + self.kept).diagonal().mean()))
         return torch.linalg.solve(gram, self.change.T).T
 
 
@@ -100,8 +102,9 @@ class Bed(Garden):
         for j, form in enumerate(lesson.forms):
             seeds = [10_000 + j * EACH + i for i in range(EACH)]
             for layer, hidden, stream in self._looked(self._worlds(lesson, form, j), seeds):
-                _, own, *rest = hidden.double().split(hidden.shape[0] // 4)
-                goal, name, *_ = stream.double().split(len(own))
+                size = hidden.shape[0] // (3 + OTHERS)  # places of EACH rows
+                _, own, *rest = hidden.double().split(size)
+                goal, name, *_ = stream.double().split(size)
                 kept = torch.cat(rest)
                 if layer not in found:
                     wide, tall = own.shape[1], goal.shape[1]
@@ -111,16 +114,15 @@ class Bed(Garden):
         return found
 
     def _worlds(self, lesson: Lesson, form: str, j: int) -> Conditioning:
-        """Text states of EACH rows of the guide's prompt, of the name's, and of others: half of them other
-        names in the same form, half ordinary captions."""
-        rng = np.random.default_rng([self.seed, NAMES.index(lesson.name), j])
-        others = [n for n in NAMES if n != lesson.name]
-        plain = captions(draw_scenes(EACH, rng), rng, bare=0.1)[0]
-        kept = [form.format(others[i]) for i in rng.choice(len(others), EACH, replace=False)]
-        kept[1::2] = plain[1::2]
-        texts = [form.format(lesson.guide), form.format(lesson.name), *kept]
-        cond, _ = self.model.encode(texts)
-        return cond.rows([0] * EACH + [1] * EACH + list(range(2, 2 + EACH)))
+        """Text states of EACH rows of the guide's prompt, of the name's, and OTHERS times as many of other
+        names in the same form and of a caption."""
+        rng = np.random.default_rng([self.seed, NAMES.index(lesson.name)])
+        others = rng.permutation([n for n in NAMES if n != lesson.name])  # other ones for every form
+        count = OTHERS * EACH
+        kept = [form.format(others[(j * (count - 1) + i) % len(others)]) for i in range(count - 1)]
+        kept += captions(draw_scenes(1, rng), rng, bare=0.1)[0]
+        cond, _ = self.model.encode([form.format(lesson.guide), form.format(lesson.name), *kept])
+        return cond.rows([0] * EACH + [1] * EACH + list(range(2, 2 + count)))
 
     def _looked(self, cond: Conditioning, seeds: Sequence[int]) -> Iterator[tuple[str, Any, Any]]:
         """(layer, hidden activations (rows * places, 4d), stream behind the module (rows * places, d)) at
