@@ -165,7 +165,8 @@ def _bars(figure: Figure) -> Any:
 def _curve(figure: Figure) -> Any:
     """data: series ({name, x, y, labels (one a point; "" for none), line (bool: points are joined),
     and optionally low, high: a band shaded behind it}), lines
-    ((name, y), drawn across), x_title, y_title. Points with a NaN are left out."""
+    ((name, y), drawn across), x_title, y_title, and optionally whole (bool: x are whole numbers). Points with
+    a NaN are left out."""
     data = figure.data
     canvas = _canvas(5.6, 4.6, figure)
     axes = canvas.subplots()
@@ -193,6 +194,7 @@ def _curve(figure: Figure) -> Any:
             axes.axhline(value, color="#3f3f46", linestyle=style, linewidth=1.1, label=_short(name))
     axes.axhline(0, color="black", linewidth=0.6)
     axes.axvline(0, color="black", linewidth=0.6)
+    axes.xaxis.get_major_locator().set_params(integer=bool(data.get("whole")))
     axes.set_xlabel(textwrap.fill(_short(data["x_title"], 120), 70))
     axes.set_ylabel(textwrap.fill(_short(data["y_title"], 80), 50))
     if axes.get_legend_handles_labels()[0]:

@@ -98,6 +98,7 @@ def draw(run: Run) -> Figure:
             band = {"low": np.nanmin(draws, 0), "high": np.nanmax(draws, 0)}
         series.append(one | band | {"line": True})
     axes = {"x_title": "layer (centre of the window)", "y_title": "relative change of the probability"}
+    axes["whole"] = True
     return Figure("curve", {"series": series, **axes}, title, caption)
 
 
