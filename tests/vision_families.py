@@ -184,6 +184,7 @@ def _save_transformers(name: str, folder: Path) -> None:
 
 def _save_whole_clip(name: str, folder: Path) -> None:
     layouts.save_clip(folder)
+    shaken(transformers.CLIPModel.from_pretrained(folder)).save_pretrained(folder)
 
 
 MAKERS: dict[str, Callable[[str, Path], None]] = {
