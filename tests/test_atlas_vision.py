@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,19 +24,18 @@ from studio.atlas.vision_models import (
     LABELS,
     RECIPES,
     WIDTHS,
-    Views,
+    Painter,
     attribute_losses,
-    contrast,
+    cover,
     features,
+    home_view,
     load_vision,
     make_net,
     pixels,
-    recoloured,
     save_vision,
     train_vision,
-    two_views,
 )
-from studio.atlas.world import ATTRIBUTES, BACKGROUNDS, COLOURS, draw_scenes, placed_again
+from studio.atlas.world import ATTRIBUTES, COLOURS, at_home, draw_scenes
 from studio.errors import RequestError
 from studio.models.catalog import ASSETS, CATALOG
 from studio.models.loading import fingerprint, identify, locate, tensors_of
@@ -122,60 +122,48 @@ def test_attribute_losses_are_cross_entropies_of_slices() -> None:
         start += width
 
 
-def test_contrast_is_the_slow_formula() -> None:
-    a, b = torch.randn(2, 5, 3, dtype=torch.float64)
-    z = [v / np.linalg.norm(v) for v in [*a.numpy(), *b.numpy()]]
-    want = 0.0
-    for i in range(10):
-        others = [np.exp(z[i] @ z[j] / 0.2) for j in range(10) if j != i]
-        want -= np.log(np.exp(z[i] @ z[(i + 5) % 10] / 0.2) / sum(others)) / 10
-    assert float(contrast(a, b)) == pytest.approx(want, rel=1e-5)
-    assert float(contrast(a, a)) < want < float(contrast(torch.ones(5, 3), torch.ones(5, 3))) + 2
-
-
-def test_views_show_the_same_things_elsewhere(judge: Any) -> None:
+def test_home_views_show_the_same_things(judge: Any) -> None:
     scenes = draw_scenes(60, np.random.default_rng(1), emblems=0)
-    again = placed_again(scenes, np.random.default_rng(2))
-    np.testing.assert_array_equal(again.labels(), scenes.labels())
-    assert (again.radius != scenes.radius).all() and (again.centres[:, 0] != scenes.centres[:, 0]).any(
-        1
-    ).all()
-    assert (read_attributes(judge, render(again)) == scenes.labels()).mean() > 0.97
+    home = at_home(scenes)
+    np.testing.assert_array_equal(home.labels(), scenes.labels())
+    assert (read_attributes(judge, render(home)) == scenes.labels()).mean() > 0.97
+    twice = replace(scenes.pick(np.arange(9)), centres=scenes.centres[9:18], radius=scenes.radius[9:18])
+    np.testing.assert_array_equal(render(at_home(twice)), render(home)[:9])
 
 
-def test_recolouring_keeps_the_drawing_and_no_colour() -> None:
-    rng = np.random.default_rng(3)
-    scenes = draw_scenes(40, rng, emblems=0)
-    x = pixels(render(scenes))
-    y = recoloured(x)
-    assert float(y.abs().max()) <= 1 + 1e-5
-    for before, after in zip(x, y, strict=True):  # one straight line through colour space, up to its ends
-        same = (before == before[:, :1, :1]).all(0)
-        assert float((after[:, same] - after[:, :1, :1].flatten(1)).abs().max()) < 1e-5
-    paper = y[:, :, 0, 0].numpy()
-    ours = np.array(list(BACKGROUNDS.values()))[scenes.background] / 127.5 - 1
-    assert abs(np.corrcoef(paper.ravel(), ours.ravel())[0, 1]) < 0.3
+def test_cover_is_the_distance_from_the_corners_colour() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    got = cover(x).numpy()
+    for image, drawn in zip(x.numpy(), got, strict=True):
+        far = [[np.linalg.norm(image[:, i, j] - image[:, 0, 0]) for j in range(5)] for i in range(4)]
+        np.testing.assert_allclose(drawn[0], np.array(far) / np.max(far), rtol=1e-5)
+    assert not cover(torch.ones(1, 3, 4, 4)).any()  # nothing is drawn
 
 
-def test_only_the_second_half_is_recoloured() -> None:
-    scenes = draw_scenes(12, np.random.default_rng(4), emblems=0)
-    first, second = two_views(scenes, np.random.default_rng(5))
-    paper = (first - second)[:, :, :2, :2].abs().mean((1, 2, 3))
-    assert float(paper[:6].max()) < 0.5 < float(paper[6:].max()) and first.shape == (12, 3, 64, 64)
+def test_a_home_view_holds_colours_and_drawing() -> None:
+    scenes = draw_scenes(5, np.random.default_rng(4), emblems=0)
+    whole, view = pixels(render(at_home(scenes))), home_view(scenes)
+    drawn = cover(whole)
+    assert view.shape == (5, 4, 32, 32)
+    for n, i, j in np.ndindex(5, 32, 32):
+        assert torch.equal(view[n, :3, i, j], whole[n, :, 2 * i + 1, 2 * j + 1])
+        four = drawn[n, 0, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2]
+        assert float((four.mean() - view[n, 3, i, j]).abs()) < 1e-6
 
 
-def test_the_probe_of_the_log_teaches_the_network_nothing() -> None:
-    views = Views(make_net("atlas-dino"))
-    scenes = draw_scenes(8, np.random.default_rng(6), emblems=0)
-    first, second = two_views(scenes, np.random.default_rng(7))
-    grads = []
-    for labels in (torch.from_numpy(scenes.labels()), torch.zeros(8, 5, dtype=torch.int64)):
-        views.zero_grad()
-        loss, parts = views(first, second, labels)
-        loss.backward()
-        grads.append(torch.cat([p.grad.flatten() for p in views.net.parameters() if p.grad is not None]))
-    assert torch.equal(*grads) and float(grads[0].abs().sum()) > 0
-    assert parts["same"] > 0 and parts["recoloured"] > 0 and "probe object" in parts
+def test_the_painter_paints_from_the_class_token_alone() -> None:
+    painter = Painter(make_net("atlas-dino"), width=16).eval()
+    scenes = draw_scenes(4, np.random.default_rng(6), emblems=0)
+    x, target = pixels(render(scenes)), home_view(scenes)
+    parts = painter(x, target)
+    sum(parts.values()).backward()
+    assert float(painter.net.cls_token.grad.abs().sum()) > 0
+    with torch.no_grad():
+        token = painter.net.forward_features(x)[:, 0]
+        painted = painter.paint(token).view(4, 4, 32, 32)
+    error = (painted - target).double().numpy() ** 2
+    assert float(parts["colours"].detach()) == pytest.approx(error[:, :3].mean(), rel=1e-5)
+    assert float(parts["drawing"].detach()) == pytest.approx(4 * error[:, 3].mean(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["atlas-swin", "atlas-dino"])
@@ -183,7 +171,7 @@ def test_a_sitting_trains_and_resumes(name: str, tmp_path: Path) -> None:
     before = make_net(name).state_dict()
     net, first = train_vision(name, 0.01, tmp_path, batch=8)
     assert not net.training and first["steps"] >= 1
-    assert first["pictures"] == first["steps"] * 8 * (1 if RECIPES[name].supervised else 2)
+    assert first["pictures"] == first["steps"] * 8
     assert all(torch.isfinite(v).all() for v in net.state_dict().values())
     assert any(not torch.equal(v, before[k]) for k, v in net.state_dict().items())
     _, second = train_vision(name, 0.01, tmp_path, batch=8)

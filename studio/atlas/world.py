@@ -127,7 +127,11 @@ def _place(count: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.
     return centres, radius
 
 
-def placed_again(scenes: Scenes, rng: np.random.Generator) -> Scenes:
-    """The same scenes with their things at other places and of other sizes."""
-    centres, radius = _place(scenes.count, rng)
-    return replace(scenes, centres=centres, radius=radius)
+def at_home(scenes: Scenes) -> Scenes:
+    """The same scenes with their things at the first places of their number's layouts, of middle size."""
+    layouts = [[(32, 32)], *(places[0] for places in _LAYOUTS.values())]
+    homes = np.full((3, 3, 2), -1000.0, np.float32)
+    for count, layout in enumerate(layouts):
+        homes[count, : count + 1] = layout
+    radius = np.array([np.mean(_RADIUS[k]) for k in range(3)], np.float32)
+    return replace(scenes, centres=homes[scenes.count], radius=radius[scenes.count])
