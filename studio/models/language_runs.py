@@ -23,6 +23,8 @@ from studio.models.sites import LANGUAGE_KINDS, language_module, language_norms,
 from studio.types import Site
 
 Tensor = torch.Tensor
+Held = tuple[Tensor, Tensor]  # rows (n,), and what they are set to (n, D)
+_CACHED = 1024  # rows that go through the linear layers together on a CPU
 
 
 @dataclass
@@ -61,6 +63,10 @@ class Blocks:
 
     def project(self, layer: int, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (rows, H, d), keys and values (rows, KV, d) of `h` (rows, D) at positions (rows,)."""
+        parts = [self._projected(layer, h[a:b], places[a:b]) for a, b in self._chunks(len(h))]
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    def _projected(self, layer: int, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         turns = None if self.turns is None else tuple(t[places][None] for t in self.turns)
         read, attention = self.norms[layer][0](h)[None], self.model.attention(layer)
         try:
@@ -69,19 +75,29 @@ class Blocks:
             return tuple(t[0].transpose(0, 1) for t in known.args)
         raise StudioError(f"{self.model.id}'s attention does not ask our function; take another model.")
 
+    def _chunks(self, rows: int) -> Iterator[tuple[int, int]]:
+        """(first, last) of so many rows as the processor's cache holds."""
+        size = _CACHED if self.model.device.type == "cpu" else rows
+        return ((a, min(a + size, rows)) for a in range(0, rows, max(1, size)))
+
     def out(self, layer: int, z: Tensor) -> Tensor:
         """What attention adds to the residual stream (rows, D), from its heads' outputs (rows, H * d)."""
         where = Site("lm", layer, "attention-out")
         return language_module(self.model.net, self.model.family, where)(z)
 
-    def finish(self, layer: int, h: Tensor, added: Tensor, patch: Callable[[Tensor], None]) -> Tensor:
-        """The block's output (rows, D) from its input and what attention added; `patch` may change the
-        output of the MLP in place. `added` is used up."""
+    def finish(self, layer: int, h: Tensor, added: Tensor, held: Held | None = None) -> Tensor:
+        """The block's output (rows, D) from its input and what attention added; `held` (rows, values) are
+        outputs of the MLP that are set."""
         first, second, parallel = self.norms[layer]
-        stream = h if parallel else added.add_(h)
-        found = self.model.mlp(layer)((second or first)(stream))
-        patch(found)
-        return found.add_(added).add_(h) if parallel else found.add_(stream)
+        norm, mlp, out = first if second is None else second, self.model.mlp(layer), torch.empty_like(h)
+        for a, b in self._chunks(len(h)):
+            stream = h[a:b] if parallel else h[a:b] + added[a:b]
+            found = mlp(norm(stream))
+            if held is not None:
+                mine = (held[0] >= a) & (held[0] < b)
+                found[held[0][mine] - a] = held[1][mine]
+            torch.add(found, stream, out=out[a:b])
+        return out.add_(added) if parallel else out
 
     def logits(self, h: Tensor) -> Tensor:
         """Logits (rows, vocabulary) float32 of final states (rows, D)."""
@@ -89,33 +105,40 @@ class Blocks:
 
 
 def attend(
-    q: Tensor, own: tuple[Tensor, Tensor], before: tuple[Tensor, Tensor], scale: float, seen: Tensor
+    q: Tensor,
+    own: tuple[Tensor, Tensor],
+    before: tuple[Tensor, Tensor],
+    scale: float,
+    unseen: tuple[Tensor | None, Tensor | None],
 ) -> Tensor:
-    """Attention outputs (S, W, queries, H * d) of the last `queries` tokens of S samples of W worlds.
+    """Attention outputs (W * S * queries, H * d) of the last `queries` tokens of W worlds of S samples.
 
-    q (S, W, queries, H, d); own keys and values (S, W, n, KV, d), one set a world; those of the tokens before
-    (S, KV, t, d) are shared by the worlds of a sample. seen (queries, t + n) bool: which keys are read.
+    q (W, S, queries, H, d); own keys and values (W, S, n, KV, d), one set a world; those of the tokens before
+    (S, KV, t, d) are shared by the worlds of a sample. unseen: bool (queries, t) and (queries, n), the keys
+    that are not read; None where all are.
     """
     (k, v), (k0, v0) = own, before
-    s, w, m, heads, d = q.shape
-    n, groups, t = k.shape[2], k.shape[3], k0.shape[2]
+    w, s, m, heads, d = q.shape
+    groups, t = k.shape[3], k0.shape[2]
     each = heads // groups
-    q = (q * scale).view(s, w, m, groups, each, d).permute(0, 3, 1, 4, 2, 5).reshape(s, groups, -1, d)
-    k, v = (x.permute(0, 3, 1, 2, 4) for x in (k, v))  # S, KV, W, n, d
-    inner = q.view(s, groups, w, each * m, d) @ k.transpose(-1, -2)
-    outer = (q @ k0.transpose(-1, -2)).view(s, groups, w, each * m, t)
-    scores = torch.cat([outer, inner], -1).view(s, groups, w, each, m, t + n)
-    if not bool(seen.all()):
-        scores.masked_fill_(~seen, -torch.inf)
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype).view(s, groups, w, each * m, t + n)
+    scaled = q.new_empty(s, groups, w, each, m, d)
+    torch.mul(q.view(w, s, m, groups, each, d).permute(1, 3, 0, 4, 2, 5), scale, out=scaled)
+    k, v = (x.permute(1, 3, 0, 2, 4) for x in (k, v))  # S, KV, W, n, d
+    parts = [scaled.view(s, groups, w * each * m, d) @ k0.transpose(-1, -2)] if t else []
+    parts.append(scaled.view(s, groups, w, each * m, d) @ k.transpose(-1, -2))
+    for part, missing in zip(parts, unseen[-len(parts) :], strict=True):
+        if missing is not None:
+            part.view(s, groups, w, each, m, -1).masked_fill_(missing, -torch.inf)
+    scores = torch.cat([x.view(s, groups, w, each * m, -1) for x in parts], -1) if t else parts[0]
+    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
     z = weights[..., t:] @ v
     if t:
-        z += (weights[..., :t].reshape(s, groups, -1, t) @ v0).view_as(z)
-    return z.view(s, groups, w, each, m, d).permute(0, 2, 4, 1, 3, 5).reshape(s, w, m, heads * d)
+        z += (weights[..., :t].reshape(s, groups, w * each * m, t) @ v0).view_as(z)
+    return z.view(s, groups, w, each, m, d).permute(2, 0, 4, 1, 3, 5).reshape(w * s * m, heads * d)
 
 
-class SuffixRuns:
-    """The clean run of a prompt, kept, and runs of its last tokens from other states; made by `suffix_runs`.
+class PromptRuns:
+    """The clean run of a prompt, kept, and runs of its last tokens from other states; made by `prompt_runs`.
 
     `logits` (vocabulary,) float32 are those of the clean run after the last token. `pulse` is called before
     every layer of every run and may raise, which ends the run and leaves nothing behind.
@@ -161,13 +184,16 @@ class SuffixRuns:
             found = found + noise.to(found)
         return found + self.places_added[:, self.first :]
 
-    def seen(self, layer: int, start: int, stop: int) -> Tensor:
-        """Which tokens those of start..stop read at a layer, bool (stop - start, stop)."""
-        if self._masks[layer] is not None:
-            mask = self._masks[layer][start:stop, :stop]
-            return mask if mask.dtype == torch.bool else mask >= 0
-        whole = torch.ones(stop - start, stop, dtype=torch.bool, device=self.model.device)
-        return whole.tril(start)
+    def unseen(self, layer: int, start: int, token: int) -> tuple[Tensor | None, Tensor | None]:
+        """Of the tokens before `token` and of those from it on, which those from `start` on do not read at a
+        layer, bool (tokens from start on, …); None where all are read."""
+        n, mask = self.length - token, self._masks[layer]
+        if mask is None:
+            whole = torch.ones(self.length - start, n, dtype=torch.bool, device=self.model.device)
+            return None, whole.triu(start - token + 1) if self.length - start > 1 else None
+        rows = mask[start:]
+        missing = ~rows if rows.dtype == torch.bool else rows < 0
+        return tuple(x if bool(x.any()) else None for x in (missing[:, :token], missing[:, token:]))
 
     # ---- runs from other embeddings ---------------------------------------------------------------------
 
@@ -179,13 +205,12 @@ class SuffixRuns:
         for layer in range(self.blocks.count):
             self.pulse()
             flat = h.reshape(-1, width)
-            q, k, v = (x.view(samples, 1, n, *x.shape[1:]) for x in self.blocks.project(layer, flat, places))
+            q, k, v = (x.view(1, samples, n, *x.shape[1:]) for x in self.blocks.project(layer, flat, places))
             past = tuple(x.expand(samples, -1, -1, -1) for x in self.past[layer])
-            seen = self.seen(layer, self.first, self.length)
-            z = attend(q, (k, v), past, self.scales[layer], seen)
-            added = self.blocks.out(layer, z.view(samples * n, -1))
-            kept.append(Layer(h, q[:, 0], k[:, 0], v[:, 0], added.view_as(h).clone()))
-            h = self.blocks.finish(layer, flat, added, leave).view_as(h)
+            unseen = self.unseen(layer, self.first, self.first)
+            added = self.blocks.out(layer, attend(q, (k, v), past, self.scales[layer], unseen))
+            kept.append(Layer(h, q[0], k[0], v[0], added.view_as(h)))
+            h = self.blocks.finish(layer, flat, added).view_as(h)
         return self.blocks.logits(h[:, -1]), kept
 
     def check(self) -> None:
@@ -204,15 +229,11 @@ class SuffixRuns:
         return torch.arange(start, self.length, device=self.model.device).repeat(count)
 
 
-def leave(found: Tensor) -> None:
-    """Changes nothing."""
-
-
 @contextmanager
-def suffix_runs(
+def prompt_runs(
     model: Any, ids: Sequence[int], first: int, pulse: Callable[[], None] = lambda: None
-) -> Iterator[SuffixRuns]:
+) -> Iterator[PromptRuns]:
     """The clean run of a prompt's ids, and runs of its tokens from `first` on while the block lasts; then
     the model's attention is as before, whatever happened."""
     with torch.no_grad(), attention_interface(model):
-        yield SuffixRuns(model, ids, first, pulse)
+        yield PromptRuns(model, ids, first, pulse)

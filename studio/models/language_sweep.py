@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from studio.models.language_runs import Layer, SuffixRuns, attend
+from studio.models.language_runs import Held, Layer, PromptRuns, attend
 
 Tensor = torch.Tensor
 
@@ -38,7 +38,7 @@ class _World:
 
 @dataclass
 class _Group:
-    """All worlds of one token. `h` (samples, worlds, tokens from it on, D) goes into the next layer; `fresh`
+    """All worlds of one token. `h` (worlds, samples, tokens from it on, D) goes into the next layer; `fresh`
     holds worlds that began at the layer before, with their state at the token (samples, D)."""
 
     token: int
@@ -49,10 +49,11 @@ class _Group:
 
 
 @dataclass
-class _Joined:
-    """Worlds of one group at one layer: input `h` and queries of the tokens whose output is read (samples,
-    worlds, queries, …), keys and values of all its tokens."""
+class _Part:
+    """Worlds of one group at one layer: input `h` and queries of the tokens whose output is read (worlds,
+    samples, queries, …), keys and values of all its tokens."""
 
+    group: _Group
     worlds: list[_World]
     h: Tensor
     q: Tensor
@@ -61,11 +62,11 @@ class _Joined:
 
 
 class Sweep:
-    """Restores the states of `stems` in the runs `base` (of SuffixRuns.run), in one pass up the layers."""
+    """Restores the states of `stems` in the runs `base` (of PromptRuns.run), in one pass up the layers."""
 
-    def __init__(self, runs: SuffixRuns, base: Sequence[Layer], stems: Sequence[Stem]) -> None:
+    def __init__(self, runs: PromptRuns, base: Sequence[Layer], stems: Sequence[Stem]) -> None:
         self.runs, self.base, self.samples = runs, base, len(base[0].h)
-        tokens = sorted({stem.token for stem in stems})
+        tokens = dict.fromkeys(stem.token for stem in stems)
         self.groups = [_Group(t, [s for s in stems if s.token == t]) for t in tokens]
 
     def logits(self) -> Iterator[tuple[Stem, int, Tensor]]:
@@ -74,145 +75,152 @@ class Sweep:
         for layer in range(begin, self.runs.blocks.count):
             self.runs.pulse()
             self._through(layer)
-        worlds, rows = [], []
-        for group in self.groups:
-            if group.h is not None:
-                worlds += group.worlds
-                rows.append(group.h[:, :, -1].transpose(0, 1))
-            worlds += [world for world, _ in group.fresh]
-            rows += [h[None] for _, h in group.fresh]
-        states = torch.cat(rows)  # worlds, samples, D
-        for world, row in zip(worlds, states, strict=True):
+        worlds = [w for g in self.groups for w in (*g.worlds, *(new for new, _ in g.fresh))]
+        rows = [
+            h
+            for g in self.groups
+            for h in ([] if g.h is None else [g.h[:, :, -1]]) + [h[None] for _, h in g.fresh]
+        ]
+        for world, row in zip(worlds, torch.cat(rows), strict=True):
             yield world.stem, world.ends[0], self.runs.blocks.logits(row)
 
-    # ---- one layer --------------------------------------------------------------------------------------
+    # ---- one layer ----------------------------------------------------------------------------------------
 
     def _through(self, layer: int) -> None:
         """Takes every group through one layer."""
-        joined = self._join(layer)
+        for group in self.groups:
+            _branch(group, layer)
+        parts = [*self._under_way(layer), *self._beginning(layer)]
+        parts.sort(key=lambda part: self.groups.index(part.group))
         starts = [(g, s) for g in self.groups for s in g.stems if s.first == layer and s.kind != "hidden"]
-        if not starts and not any(joined):
+        if not starts and not parts:
             return
-        blocks, width = self.runs.blocks, self.base[layer].h.shape[-1]
-        h, added = self._attended(layer, joined, starts)
-        self._hold(layer, "attention", added, joined, [])
-        out = blocks.finish(layer, h, added, lambda found: self._hold(layer, "mlp", found, joined, starts))
+        h, added = self._attended(layer, parts, starts)
+        if (held := self._held(layer, "attention", parts, [])) is not None:
+            added[held[0]] = held[1]
+        out = self.runs.blocks.finish(layer, h, added, self._held(layer, "mlp", parts, starts))
         at = 0
-        for group, found in zip(self.groups, joined, strict=True):
-            group.fresh = []
-            if found is not None:
-                rows = found.h.shape[:3].numel()
-                group.h, group.worlds = out[at : at + rows].view(*found.h.shape[:3], width), found.worlds
-                at += rows
+        for group in self.groups:
+            mine = [part for part in parts if part.group is group]
+            group.worlds, group.fresh = [world for part in mine for world in part.worlds], []
+            if mine:
+                shape = (len(group.worlds), *mine[0].h.shape[1:])
+                rows = len(group.worlds) * mine[0].h.shape[1:3].numel()
+                group.h, at = out[at : at + rows].view(shape), at + rows
         for group, stem in starts:
             group.fresh += [(world, out[at : at + self.samples]) for world in _split(stem, layer + 1)]
             at += self.samples
 
     def _attended(
-        self, layer: int, joined: list[_Joined | None], starts: list[tuple[_Group, Stem]]
+        self, layer: int, parts: list[_Part], starts: list[tuple[_Group, Stem]]
     ) -> tuple[Tensor, Tensor]:
-        """(input, what attention adds) of the rows of all groups, then of the tokens where a stem starts."""
+        """(input, what attention adds) of the rows of all parts, then of the tokens where a stem starts."""
         runs, base, heads = self.runs, self.base[layer], []
         k0, v0 = (
             torch.cat([past.expand(self.samples, -1, -1, -1), own.transpose(1, 2)], 2)
             for past, own in zip(runs.past[layer], (base.k, base.v), strict=True)
         )
-        for group, found in zip(self.groups, joined, strict=True):
-            if found is not None:
-                t, queries = group.token, found.q.shape[2]
-                seen = runs.seen(layer, runs.length - queries, runs.length)
-                past = k0[:, :, :t], v0[:, :, :t]
-                z = attend(found.q, (found.k, found.v), past, runs.scales[layer], seen)
-                heads.append(z.view(-1, z.shape[-1]))
-        h = [found.h.reshape(-1, found.h.shape[-1]) for found in joined if found is not None]
+        for part in parts:
+            t = part.group.token
+            unseen = runs.unseen(layer, runs.length - part.q.shape[2], t)
+            past = k0[:, :, :t], v0[:, :, :t]
+            heads.append(attend(part.q, (part.k, part.v), past, runs.scales[layer], unseen))
+        h = [part.h.reshape(-1, part.h.shape[-1]) for part in parts]
         added = [runs.blocks.out(layer, torch.cat(heads))] if heads else []
         for group, stem in starts:
             i = group.token - runs.first
             source = runs.clean[layer] if stem.kind == "attention" else base
             h.append(base.h[:, i])
             added.append(source.attention[:, i].expand(self.samples, -1))
-        return torch.cat(h), torch.cat(added) if len(added) > 1 or not heads else added[0]
+        return torch.cat(h), torch.cat(added) if starts else added[0]
 
-    def _hold(
-        self,
-        layer: int,
-        kind: str,
-        rows: Tensor,
-        joined: list[_Joined | None],
-        starts: list[tuple[_Group, Stem]],
-    ) -> None:
-        """Sets the outputs of `kind` that are restored at this layer to their clean values, in place."""
-        clean, at = self.runs.clean[layer], 0
-        values = clean.attention if kind == "attention" else clean.mlp
-        for group, found in zip(self.groups, joined, strict=True):
-            if found is not None:
-                shape, n = found.h.shape[:3], self.runs.length - group.token
-                view = rows[at : at + shape.numel()].view(*shape, -1)
-                held = [i for i, world in enumerate(found.worlds) if world.holds(layer, kind)]
-                if held and shape[2] == n:  # of the last layer, earlier tokens are not read
-                    view[:, held, 0] = values[0, group.token - self.runs.first]
-                at += shape.numel()
+    def _held(
+        self, layer: int, kind: str, parts: list[_Part], starts: list[tuple[_Group, Stem]]
+    ) -> Held | None:
+        """Rows whose output of `kind` is restored at this layer, and their clean values; None for none."""
+        clean, at, rows, tokens = self.runs.clean[layer], 0, [], []
+        for part in parts:
+            worlds, samples, queries = part.h.shape[:3]
+            # of the last layer, earlier tokens are not read
+            read = queries == self.runs.length - part.group.token
+            for i, world in enumerate(part.worlds):
+                if read and world.holds(layer, kind):
+                    rows += range(at + i * samples * queries, at + (i + 1) * samples * queries, queries)
+                    tokens += [part.group.token] * samples
+            at += worlds * samples * queries
         for group, stem in starts:
             if stem.kind == kind:
-                rows[at : at + self.samples] = values[0, group.token - self.runs.first]
+                rows += range(at, at + self.samples)
+                tokens += [group.token] * self.samples
             at += self.samples
-
-    # ---- who is under way -------------------------------------------------------------------------------
-
-    def _join(self, layer: int) -> list[_Joined | None]:
-        """For each group the worlds of this layer: those under way, and those that begin with it."""
-        for group in self.groups:
-            _branch(group, layer)
-        projected = self._project(layer)
-        return [self._joined(layer, group, projected) for group in self.groups]
-
-    def _project(self, layer: int) -> Iterator[tuple[Tensor, ...]]:
-        """Queries, keys and values (rows, heads, d) of every group's rows under way, then of each of its
-        fresh tokens, group by group; other rows have theirs from the clean run and from `base`."""
-        pieces, places = [], []
-        for group in self.groups:
-            n = self.runs.length - group.token
-            if group.h is not None:
-                flat = group.h.reshape(-1, group.h.shape[-1])
-                pieces.append(flat)
-                places.append(self.runs.places(len(flat) // n, group.token))
-            for _, h in group.fresh:
-                pieces.append(h)
-                places.append(torch.full((self.samples,), group.token, device=h.device))
-        if not pieces:
-            return iter(())
-        found = self.runs.blocks.project(layer, torch.cat(pieces), torch.cat(places))
-        return zip(*(x.split([len(p) for p in pieces]) for x in found), strict=True)
-
-    def _joined(self, layer: int, group: _Group, projected: Iterator[tuple[Tensor, ...]]) -> _Joined | None:
-        """The worlds of a group at this layer, with what they give to attention."""
-        runs, base, s, i = self.runs, self.base[layer], self.samples, group.token - self.runs.first
-        worlds, parts = list(group.worlds), []  # (h, q, k, v) each (samples, worlds, tokens, …)
-        if group.h is not None:
-            shape = group.h.shape[:3]
-            parts.append((group.h, *(x.view(*shape, *x.shape[1:]) for x in next(projected))))
-        begins = [(w, (h, *next(projected))) for w, h in group.fresh]
-        clean = runs.clean[layer]
-        begins += [
-            (_World(stem, stem.ends), tuple(x[:, i] for x in (clean.h, clean.q, clean.k, clean.v)))
-            for stem in group.stems
-            if stem.kind == "hidden" and stem.first == layer - 1
-        ]
-        for world, states in begins:
-            worlds.append(world)
-            later = (x[:, i + 1 :] for x in (base.h, base.q, base.k, base.v))
-            parts.append(
-                tuple(
-                    torch.cat([x.expand(s, *x.shape[1:])[:, None], rest], 1)[:, None]
-                    for x, rest in zip(states, later, strict=True)
-                )
-            )
-        if not parts:
+        if not rows:
             return None
-        if layer == runs.blocks.count - 1:
-            parts = [(h[:, :, -1:], q[:, :, -1:], k, v) for h, q, k, v in parts]
-        h, q, k, v = (torch.cat(x, 1) if len(x) > 1 else x[0] for x in zip(*parts, strict=True))
-        return _Joined(worlds, h, q, k, v)
+        values = clean.attention if kind == "attention" else clean.mlp
+        places = torch.tensor(tokens, device=values.device) - self.runs.first
+        return torch.tensor(rows, device=values.device), values[0, places]
+
+    # ---- who is under way ---------------------------------------------------------------------------------
+
+    def _under_way(self, layer: int) -> list[_Part]:
+        """The worlds that came up from the layer before, with queries, keys and values projected."""
+        groups = [group for group in self.groups if group.h is not None]
+        if not groups:
+            return []
+        flats = [group.h.reshape(-1, group.h.shape[-1]) for group in groups]
+        places = [self.runs.places(g.h.shape[:2].numel(), g.token) for g in groups]
+        found = self.runs.blocks.project(layer, _joined(flats), torch.cat(places))
+        split = (x.split([len(flat) for flat in flats]) for x in found)
+        return [
+            self._part(layer, g, g.worlds, g.h, *(x.view(*g.h.shape[:3], *x.shape[1:]) for x in qkv))
+            for g, qkv in zip(groups, zip(*split, strict=True), strict=True)
+        ]
+
+    def _beginning(self, layer: int) -> list[_Part]:
+        """The worlds that begin with this layer: one token's state is restored or follows from what was,
+        later tokens are as in `base`, whose queries, keys and values are known."""
+        runs, clean, base, parts = self.runs, self.runs.clean[layer], self.base[layer], []
+        fresh = [(group, world, h) for group in self.groups for world, h in group.fresh]
+        begins = []
+        if fresh:
+            places = [torch.full((self.samples,), g.token, device=h.device) for g, _, h in fresh]
+            found = runs.blocks.project(layer, torch.cat([h for *_, h in fresh]), torch.cat(places))
+            split = (x.split(self.samples) for x in found)
+            begins = [
+                (g, w, (h, *qkv)) for (g, w, h), qkv in zip(fresh, zip(*split, strict=True), strict=True)
+            ]
+        for group in self.groups:
+            i = group.token - runs.first
+            for stem in group.stems:
+                if stem.kind == "hidden" and stem.first == layer - 1:
+                    states = tuple(x[:, i] for x in (clean.h, clean.q, clean.k, clean.v))
+                    begins.append((group, _World(stem, stem.ends), states))
+        for group, world, states in begins:
+            later = (x[:, group.token - runs.first + 1 :] for x in (base.h, base.q, base.k, base.v))
+            whole = (
+                torch.cat([x.expand(self.samples, *x.shape[1:])[:, None], rest], 1)[None]
+                for x, rest in zip(states, later, strict=True)
+            )
+            parts.append(self._part(layer, group, [world], *whole))
+        return parts
+
+    def _part(
+        self, layer: int, group: _Group, worlds: list[_World], h: Tensor, q: Tensor, k: Tensor, v: Tensor
+    ) -> _Part:
+        """Of the last layer only the last token is read."""
+        if layer == self.runs.blocks.count - 1:
+            h, q = h[:, :, -1:], q[:, :, -1:]
+        return _Part(group, worlds, h, q, k, v)
+
+
+def _joined(flats: list[Tensor]) -> Tensor:
+    """Rows one after another; without a copy where they lie so already."""
+    first, size = flats[0], sum(map(len, flats))
+    at = first.data_ptr()
+    for flat in flats:
+        if flat.data_ptr() != at or flat.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(flats)
+        at += flat.numel() * flat.element_size()
+    return first.as_strided((size, first.shape[1]), first.stride())
 
 
 def _split(stem: Stem, layer: int) -> list[_World]:
@@ -228,4 +236,4 @@ def _branch(group: _Group, layer: int) -> None:
         if world.ends[0] == layer and len(world.ends) > 1:
             group.worlds[i] = _World(world.stem, world.ends[1:])
             group.worlds.append(_World(world.stem, world.ends[:1]))
-            group.h = torch.cat([group.h, group.h[:, i : i + 1]], 1)
+            group.h = torch.cat([group.h, group.h[i : i + 1]])

@@ -99,11 +99,12 @@ def restored(
     corrupted: Sequence[int] = (),
     noise: torch.Tensor | None = None,
     replaced: Sequence[int] | None = None,
+    kept: list[torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Logits (vocabulary,) of one cell and one sample; `replaced` are the ids of the corrupted prompt when
-    tokens are exchanged instead of noise."""
+    tokens are exchanged instead of noise, `kept` the clean outputs where they are known."""
     kind, layer, token = cell
-    clean, sites = clean_outputs(model, ids, kind), modules(model, kind)
+    clean, sites = kept or clean_outputs(model, ids, kind), modules(model, kind)
     held = [(sites[i], token, clean[i][token]) for i in window(kind, layer, width, len(sites))]
     return logits(model, replaced or ids, corrupted=corrupted, noise=noise, held=held)
 
@@ -122,7 +123,10 @@ def naive_trace(
     def p(row: torch.Tensor) -> float:
         return float(row.softmax(-1)[answer])
 
-    one = {"corrupted": corrupted}
+    one, kept = {"corrupted": corrupted}, {k: clean_outputs(model, ids, k) for k in {c[0] for c in cells}}
     base = [p(logits(model, ids, noise=eps, **one)) for eps in noise]
-    found = [[p(restored(model, ids, cell, width, noise=eps, **one)) for eps in noise] for cell in cells]
+    found = [
+        [p(restored(model, ids, cell, width, noise=eps, kept=kept[cell[0]], **one)) for eps in noise]
+        for cell in cells
+    ]
     return p(logits(model, ids)), np.array(base), np.array(found)
