@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,15 +66,30 @@ class LanguageModel:
     def __init__(self, source: Source, device: str, dtype: torch.dtype = torch.float32) -> None:
         _check_family(source)
         loaded_bytes(source.path)
-        self.source, self.device, self.dtype = source, torch.device(device), dtype
-        self.tokenizer = _tokenizer(source)
-        self.net = _network(source, dtype).to(self.device).eval().requires_grad_(False)
+        tokenizer = _tokenizer(source)
+        self._take(_network(source, dtype), source, torch.device(device), tokenizer)
+        _check_vocabulary(self)
+
+    @classmethod
+    def of(cls, net: Any, family: str, name: str = "random") -> LanguageModel:
+        """A network in memory, without tokenizer and files, for measurements on token ids."""
+        model = cls.__new__(cls)
+        model._take(net, Source(name, Path(), "language", family), net.device, None)
+        return model
+
+    def _take(self, net: Any, source: Source, device: torch.device, tokenizer: Any) -> None:
+        self.source, self.device, self.tokenizer = source, device, tokenizer
+        self.net = net.to(device).eval().requires_grad_(False)
         self.blocks = language_blocks(self.net, self.family)
         self.embedding, self.final_norm = (self._module("", kind) for kind in ("embedding", "norm"))
         self.head = self.net.get_output_embeddings()
-        _check_vocabulary(self)
-        own = getattr(self.tokenizer, "model_max_length", None) or 10**9
+        own = getattr(tokenizer, "model_max_length", None) or 10**9
         self.max_length = min(int(self.net.config.max_position_embeddings), int(own))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number type of the weights."""
+        return self.embedding.weight.dtype
 
     @property
     def id(self) -> str:

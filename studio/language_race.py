@@ -1,0 +1,127 @@
+"""Fast paths of language methods against the naive way, on random weights: what the benchmark calls.
+
+Naive: a whole forward for every cell, with the edge cut in the layers of its window, as public code does it.
+CPU seconds of this process are compared, since other programs share the cores.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+LLAMA = {
+    "vocab_size": 8000,
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 512,
+}
+SAMPLED = 20  # cells of the naive way that are timed
+
+Numbers = Callable[..., Any]  # a random float32 tensor of that shape, standard normal
+
+
+def random_llama(numbers: Numbers) -> Any:
+    """A Llama of 12 layers, width 512 and 8 heads with random weights, as a LanguageModel."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from studio.models.language import LanguageModel
+
+    net = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=False))
+    with torch.no_grad():
+        for name, parameter in net.named_parameters():
+            if parameter.dim() == 2:  # a sharp head, so that probabilities differ
+                parameter.copy_(numbers(*parameter.shape) * (0.12 if "lm_head" in name else 0.04))
+    return LanguageModel.of(net, "llama")
+
+
+def knockout_race(numbers: Numbers, *, tokens: int = 40, window: int = 9, repeats: int = 3) -> dict[str, Any]:
+    """CPU seconds of the knockout map of every token and layer, source the last token, both ways, and the
+    largest difference of any sampled probability.
+
+    The naive side is the number of cells times the median of 20 sampled ones; the fast side is timed
+    `repeats` times, the median counts, and includes its clean forward.
+    """
+    import torch
+
+    from studio.models.attention_interface import attention_interface
+
+    model = random_llama(numbers)
+    ids = (numbers(tokens).abs() * 1000).long().clamp(max=LLAMA["vocab_size"] - 1).tolist()
+    depth, cells = len(model.blocks), len(model.blocks) * tokens
+    chosen = [(i * 37 % tokens, i * 7 % depth) for i in range(SAMPLED)]
+    with torch.no_grad(), attention_interface(model):
+        seconds, (answer, found) = _median(lambda _: knockout_map(model, ids, window), range(repeats))
+        each, last = [], 0.0
+        for token, layer in chosen:
+            one, logits = _median(lambda cell: naive_cell(model, ids, *cell, window), [(token, layer)])
+            each.append(one)
+            last = max(last, abs(float(logits.softmax(-1)[answer]) - float(found[token, layer])))
+    naive = sorted(each)[len(each) // 2] * cells
+    return {
+        "tokens": tokens,
+        "cells": cells,
+        "seconds": seconds,
+        "naive_seconds": naive,
+        "ratio": naive / seconds,
+        "error": last,
+        "how": f"CPU seconds; fast: median of {repeats} whole maps; naive: {cells} cells times the median of "
+        f"{SAMPLED}, each a whole forward with PyTorch's attention",
+    }
+
+
+def knockout_map(model: Any, ids: list[int], window: int) -> tuple[int, Any]:
+    """(the model's own next token, its probability (tokens, layers) with each token cut off from the last one
+    in the window around each layer), the fast way; inside `attention_interface(model)`."""
+    import torch
+
+    from studio.methods.attention_knockout import layer_window
+    from studio.models.suffix_runs import Suffix, clean_run, cut_windows
+
+    clean, count, depth = clean_run(model, ids), len(ids), len(model.blocks)
+    answer, suffix = int(clean.logits.argmax()), Suffix(clean, len(ids) - 1)
+    windows = [layer_window(i, window, depth) for i in range(depth)]
+    rows, found = max(1, 16 * count // depth), torch.empty(count, depth)
+    every = torch.eye(count, dtype=torch.bool)[:, None]
+    for start in range(0, count, rows):
+        cuts = every[start : start + rows]
+        logits = suffix.logits(torch.cat(cut_windows(suffix, cuts, windows)))
+        chance = (logits[:, answer] - logits.logsumexp(-1)).exp()
+        found[start : start + rows] = chance.view(depth, -1).T
+    return answer, found
+
+
+def naive_cell(model: Any, ids: list[int], token: int, layer: int, window: int) -> Any:
+    """Logits (vocabulary) after the last token of a whole forward, the edge cut in the window's layers."""
+    import torch
+
+    from studio.methods.attention_knockout import layer_window
+    from studio.models.attention_interface import repeated
+
+    lo, hi = layer_window(layer, window, len(model.blocks))
+    count = len(ids)
+    seen = torch.ones(count, count, dtype=torch.bool).tril()
+    seen[-1, token] = False
+
+    def cut(i: int, q: Any, k: Any, v: Any, mask: Any, scaling: float) -> Any:
+        if not lo <= i < hi:
+            return None
+        times = q.shape[1] // k.shape[1]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        out = attend(q, repeated(k, times), repeated(v, times), attn_mask=seen, scale=scaling)
+        return out.transpose(1, 2)
+
+    return model.net(input_ids=torch.tensor([ids]), use_cache=False, seam=cut).logits[0, -1]
+
+
+def _median(call: Callable[[Any], Any], given: Any) -> tuple[float, Any]:
+    """(median CPU seconds of a call, what the last one gave)."""
+    seconds, found = [], None
+    for one in given:
+        started = time.process_time()
+        found = call(one)
+        seconds.append(time.process_time() - started)
+    return sorted(seconds)[len(seconds) // 2], found
