@@ -10,6 +10,7 @@ import contextlib
 import os
 import queue
 import secrets
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -114,6 +115,25 @@ def _told(what: Callable[[], str], well: str) -> tuple[str, str]:
         return "failed", str(error)
     except Exception as error:  # a bug of a method; its traceback is in the worker's log
         return "failed", sentence_of(error)
+
+
+def _check_reachable(address: str) -> None:
+    """RequestError when nothing listens at HOST:PORT."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise RequestError(f"--address must have the form HOST:PORT, not {address[:80]!r}.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise _nothing_there(address, reason) from error
+
+
+def _nothing_there(address: str, reason: str) -> RequestError:
+    return RequestError(
+        f"There is no Ray cluster to join at {address[:80]!r} ({reason}); give the HOST:PORT that `ray start "
+        "--head` has said, or leave --address out."
+    )
 
 
 def _raised(how: str, said: str) -> str:
@@ -230,6 +250,7 @@ class Ray:
 
     def _join_cluster(self, address: str, workers: int | None, threads: int) -> tuple[int, bool]:
         """Connects to a cluster that is there; (workers, whether each has a GPU)."""
+        _check_reachable(address)  # Ray itself would try for minutes
         self._connect(address)
         there = self._ray.cluster_resources()
         cores, gpus = int(there.get("CPU", 0)), int(there.get("GPU", 0))
@@ -254,10 +275,7 @@ class Ray:
             reason = " ".join(str(error).split())[:200]
             if address == "local":
                 raise StudioError(f"Ray could not start on this machine: {reason}") from error
-            raise RequestError(
-                f"There is no Ray cluster to join at {address[:80]!r} ({reason}); give the HOST:PORT that "
-                "`ray start --head` has said, or leave --address out."
-            ) from error
+            raise _nothing_there(address, reason) from error
         self._opened.callback(self._ray.shutdown)
 
     def _hire(self) -> None:

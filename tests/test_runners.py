@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,12 +148,19 @@ def test_a_ray_cluster_of_our_own(tmp_path: Path) -> None:
     assert touched <= {"RAY_CLIENT_MODE", "PYTHONBREAKPOINT"}  # these are Ray's own doing
 
 
-@pytest.mark.slow
-def test_a_cluster_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="no Ray cluster to join at '127.0.0.1:1025'"):
-        Ray(Store(tmp_path), OPTIONS, address="127.0.0.1:1025")
-    with pytest.raises(RequestError, match="no Ray cluster to join at 'nonsense'"):
-        Ray(Store(tmp_path), OPTIONS, address="nonsense")
+ABSENT = {
+    "closed port": ("127.0.0.1:1", "no Ray cluster to join at '127.0.0.1:1' (Connection refused)"),
+    "no port": ("nonsense", "--address must have the form HOST:PORT, not 'nonsense'."),
+    "port too high": ("127.0.0.1:65536", "--address must have the form HOST:PORT"),
+    "Ray's client": ("ray://", "--address must have the form HOST:PORT"),
+    "empty label": ("a..b:6379", "no Ray cluster to join at 'a..b:6379'"),
+}
+
+
+@pytest.mark.parametrize(("address", "part"), ABSENT.values(), ids=ABSENT.keys())
+def test_a_cluster_that_is_not_there_is_refused(session: Any, address: str, part: str) -> None:
+    with pytest.raises(RequestError, match=re.escape(part)):
+        open_runner(session, {"engine": "ray", "address": address})
 
 
 @pytest.mark.slow
