@@ -114,7 +114,7 @@ class _Reading:
             if chosen:
                 maps.append(self._placed(part, scores[:, :, chosen].sum(2)))
                 total = total + by_head[:, chosen].sum(1)
-        grid = max((m.shape[1:-1] for m in maps), key=lambda g: torch.Size(g).numel())
+        grid = max(self.grids.values(), key=lambda g: g.numel())
         tokens = sum(spread(m, grid) for m in maps).flatten(1, -2)
         return components, tokens, total - tokens.sum(1), tuple(grid)
 
