@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from panels.edit_view import Pictures
 from panels.running import QUIET
 from studio.edit_export import composed, export_edits
 from studio.errors import RequestError
-from studio.exports import new_folder, to_zip
+from studio.exports import new_folder, zipped
 from studio.session import Session
 from studio.store import write_edit
 
@@ -76,6 +75,4 @@ class Downloads:
             export_edits(loaded, active, lora=None, full=folder)
 
         self.session.call(model, write, user=user)
-        target = to_zip(folder, folder.with_suffix(".zip"), packed=False)
-        shutil.rmtree(folder)
-        return target
+        return zipped(folder)

@@ -71,6 +71,13 @@ def to_zip(folder: Path, target: Path, *, packed: bool = True) -> Path:
     return target
 
 
+def zipped(folder: Path) -> Path:
+    """The folder as a zip file beside it, in its place; nothing is packed, since weights can't be."""
+    target = to_zip(folder, folder.with_suffix(".zip"), packed=False)
+    shutil.rmtree(folder)
+    return target
+
+
 def export(folder: Path, target: Path) -> dict[str, Path]:
     """Copies a run's figures, its numbers as CSV and the whole run as zip to `target`; {format: file}."""
     run = read_run(folder)

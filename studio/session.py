@@ -115,10 +115,12 @@ class Session:
             raise job.error
         return job.run
 
-    def call(self, model: str, what: Callable[[Any], Any], *, user: str = "local") -> Any:
-        """what(model) on the device, in turn with all jobs: to read a text-to-image model, never to change
-        it. Raises what it raised."""
-        job = self.queue.submit(Recipe("", model), user, call=what)
+    def call(
+        self, model: str, what: Callable[[Any], Any], *, user: str = "local", kind: str = "diffusion"
+    ) -> Any:
+        """what(model) on the device, in turn with all jobs: to read a model of a kind, never to change it.
+        Raises what it raised."""
+        job = self.queue.submit(Recipe("", model), user, call=what, kind=kind)
         while not job.over:
             job.wait(job.version, 0.5)
         self.queue.forget(job)
@@ -267,7 +269,7 @@ class Session:
 
         torch.set_num_threads(self.threads)
         if "call" in job.options:
-            return job.options["call"](self.model(job.recipe.model, "diffusion"))
+            return job.options["call"](self.model(job.recipe.model, job.options["kind"]))
         recipe, method = job.recipe, find_method(job.recipe.method)
         inputs, params, seeds = parse(
             method, {**recipe.inputs, **recipe.params}, recipe.seeds if method.samples else None

@@ -1,0 +1,281 @@
+"""The Retrieval panel: did a language model read its answer in the context, or remember it?"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from panels import bars, heatmap, retrieval_form, retrieval_view, token_strip, widgets
+from panels.retrieval_form import HINT, METHODS, TEXTS
+from panels.retrieval_view import ASK
+from panels.running import QUIET, STREAM, Running
+from studio.errors import RequestError, StudioError
+from studio.jobs import Job
+from studio.methods.language_prompt import Asked, spans
+from studio.models.tokens import find_span
+from studio.registry import find_method, parse_seeds
+from studio.retrieval import joined, retrieve
+from studio.session import Session
+from studio.types import Recipe, Result
+
+TITLE = "Retrieval"
+NEEDS = "language"
+QUESTION = "Did the model read its answer in the context, or did it remember?"
+_KEPT = 32  # tokenized prompts
+
+
+def build(session: Session) -> None:
+    """Builds the panel inside the present Blocks."""
+    gr.HTML(f"<p class='question'>{QUESTION}</p>", padding=False)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            form = retrieval_form.form()
+        with gr.Column(scale=5, min_width=320):
+            out = retrieval_form.outputs()
+    _Panel("retrieval", session, form, out).wire()
+
+
+class _Panel(Running):
+    """The panel's handlers."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        knobs = widgets.knobs([find_method(m) for m in METHODS])
+        self.switched = [n for n in self.form if n in knobs or n.startswith("window-")]
+        self._lock = threading.Lock()
+        self._prompts: OrderedDict[tuple, Any] = OrderedDict()
+
+    def wire(self) -> None:
+        """Connects everything."""
+        form, out = self.form, self.out
+        self.wire_run(form["prompt"].submit)
+        fixed = [n for n in self.switched if n not in TEXTS]
+        form["method"].change(
+            lambda name: self.switch(name, fixed), form["method"], [form[n] for n in fixed], **QUIET
+        )
+        texts = [form["model"], *(form[n] for n in TEXTS[:4])]
+        typed = [form[n].blur for n in TEXTS[:4]]
+        gr.on(
+            [*typed, form["run"].click],
+            self.tokens,
+            texts,
+            out["strip"],
+            trigger_mode="always_last",
+            **STREAM,
+        )
+        often = dict(trigger_mode="multiple", **QUIET)
+        clicked = [self.cell, out["text"], out["heads"]]
+        out["figure"].select(widgets.guarded(self.click), self.state, clicked, **often)
+        told = [form[n] for n in ("subject", "subject_occurrence", "attribute", "attribute_occurrence")]
+        selected = [*told, out["text"], out["heads"], out["strip"]]
+        out["strip"].select(widgets.guarded(self.select), [self.state, *texts], selected, **often)
+        coloured = [self.state, out["quantity"]]
+        out["quantity"].input(widgets.guarded(self.recolour), coloured, out["strip"], **often)
+        found = [form["context"], out["status"]]
+        passages = [form[n] for n in ("prompt", "passages", "files", "count")]
+        done = form["find"].click(self.find, passages, found, **QUIET)
+        done.then(self.tokens, texts, out["strip"], **STREAM)
+
+    def switch(self, name: str, fixed: list[str]) -> list[Any]:
+        """Another view was chosen: its own knobs show."""
+        chosen = find_method(name)
+        mine = {*widgets.knobs([chosen]), widgets.own("window", chosen)}
+        if widgets.own("window", chosen) in self.form:
+            mine.discard("window")
+        return [gr.update(visible=knob in mine) for knob in fixed]
+
+    def recipe(self, given: dict[str, Any]) -> Recipe:
+        """The recipe that the inputs describe."""
+        method = find_method(given["method"])
+        asked = widgets.asked(method, given)
+        for name in TEXTS:
+            asked[name] = asked.get(name) or None
+        if not asked["context"]:
+            asked["context"] = None
+        return Recipe(method.name, given["model"] or "", asked, {}, parse_seeds(method, given["seeds"]))
+
+    # ---- the prompt ---------------------------------------------------------------------------------------
+
+    def encoded(self, model: str, context: str | None, prompt: str, user: str | None) -> Any:
+        """The tokenized prompt; None when it was not tokenized yet and nobody (`user`) waits for it."""
+        key = (model, context or "", prompt)
+        with self._lock:
+            if key in self._prompts or user is None:
+                return self._prompts.get(key)
+        found = self.session.call(
+            model, lambda m: m.encode(prompt, context or None), user=user, kind="language"
+        )
+        with self._lock:
+            self._prompts[key] = found
+            while len(self._prompts) > _KEPT:
+                self._prompts.popitem(last=False)
+        return found
+
+    def tokens(
+        self, request: gr.Request, model: str, context: str, prompt: str, subject: str, attribute: str
+    ) -> Any:
+        """The strip of what stands in the fields; a fault is said in the strip's place."""
+        try:
+            found = self.encoded(model, context, prompt, str(request.session_hash))
+        except Exception as error:
+            return {"hint": widgets.spoken(error)}
+        return token_strip.as_value(found, _roles(found, context, prompt, subject, attribute))
+
+    def select(
+        self,
+        event: gr.EventData,
+        request: gr.Request,
+        kept: dict | None,
+        model: str,
+        context: str,
+        prompt: str,
+        subject: str,
+        attribute: str,
+    ) -> dict:
+        """Words were selected in the strip: subject (in the question) or attribute (in the context). A click
+        on one token says its numbers."""
+        form, out = self.form, self.out
+        found = self.encoded(model, context, prompt, str(request.session_hash))
+        first, last = token_strip.chosen(event, found)
+        if not getattr(event, "range", False):
+            return self.one_token(kept, found, first)
+        start, end = found.offsets[first][0], found.offsets[last][1]
+        text = found.text[start:end]
+        start += len(text) - len(text.lstrip())
+        part, question = text.strip(), found.question_span[0]
+        if not part:
+            raise RequestError("That is no text; select words.")
+        if start < question < end:
+            raise RequestError("Select words of the context or of the question, not of both.")
+        name = "subject" if start >= question or not context else "attribute"
+        within, at = (prompt, start - question) if name == "subject" else (context, start)
+        told = {"subject": subject, "attribute": attribute} | {name: part}
+        strip = token_strip.as_value(found, _roles(found, context, prompt, **told), again=True)
+        return {
+            form[name]: part,
+            form[f"{name}_occurrence"]: _occurrence(within, part, at),
+            out["text"]: f"{part!r} is the {name} now. Press Run.",
+            out["strip"]: strip,
+        }
+
+    def one_token(self, kept: dict | None, found: Any, token: int) -> dict:
+        """What is known of one token."""
+        if not kept or not ("run" in kept or "job" in kept):
+            return {self.out["text"]: f"Token {token}, {found.tokens[token]!r}. Press Run for its numbers."}
+        recipe, result = self.measured(kept)
+        return {self.out["text"]: retrieval_view.token_sentence(recipe, result, token, found.tokens[token])}
+
+    def find(self, prompt: str, passages: str, files: list[str] | None, count: float) -> dict:
+        """The best passages for the question become the context."""
+        try:
+            texts = [("", passages)] + [(Path(f).name, _read(Path(f))) for f in files or []]
+            found = retrieve(prompt, texts, int(count or 3))
+        except Exception as error:
+            return {self.out["status"]: widgets.spoken(error)}
+        said = f"{len(found)} passages found, the best with a BM25 score of {found[0].score:.2f}."
+        return {self.form["context"]: joined(found), self.out["status"]: said}
+
+    # ---- results ------------------------------------------------------------------------------------------
+
+    def drawn(self, recipe: Recipe, result: Result, again: bool = False) -> dict[Any, Any]:
+        """Map, curve, table and the strip's colours."""
+        out = self.out
+        if "condition_probability" in result.arrays and "relative_change" not in result.arrays:
+            return {}
+        figure = retrieval_view.map_of(recipe, result)
+        update = {out["figure"]: heatmap.as_value(figure, again), out["table"]: heatmap.as_table(figure)}
+        if again and retrieval_view.has_curve(recipe, result):
+            update[out["curve"]] = widgets.drawn_figure(recipe, result)
+        if (side := retrieval_view.side_by_side(result)) is not None:
+            update[out["side"]] = gr.update(value=heatmap.as_value(side, again), visible=True)
+        names = retrieval_view.quantities(recipe, result)
+        choices = [(label, key) for key, label in names.items()]
+        if again:
+            chosen = next(iter(names))
+            update[out["quantity"]] = gr.update(choices=choices, value=chosen, visible=len(choices) > 1)
+        strip = self.strip(recipe, result, None, again)
+        return update if strip is None else update | {out["strip"]: strip}
+
+    def strip(self, recipe: Recipe, result: Result, quantity: str | None, again: bool) -> dict | None:
+        """The coloured strip; None while the prompt's tokens are not known."""
+        inputs = recipe.inputs
+        found = self.encoded(recipe.model, inputs["context"], inputs["prompt"], None)
+        if found is None:
+            return None
+        values, unit = retrieval_view.colours(recipe, result, quantity, len(found))
+        told = [inputs.get(n) or "" for n in ("subject", "attribute")]
+        roles = _roles(found, inputs["context"] or "", inputs["prompt"], *told)
+        return token_strip.as_value(found, roles, values, unit, again=again)
+
+    def recolour(self, kept: dict | None, quantity: str | None) -> Any:
+        """Another quantity was chosen."""
+        strip = self.strip(*self.measured(kept), quantity, True)
+        return gr.skip() if strip is None else strip
+
+    def click(self, event: gr.EventData, kept: dict | None) -> dict:
+        """A cell was picked: its numbers; of contributions the heads too."""
+        recipe, result = self.measured(kept)
+        figure = retrieval_view.map_of(recipe, result)
+        row, col = heatmap.chosen(event, *np.shape(figure.data["values"]))
+        update = {
+            self.cell: (row, col),
+            self.out["text"]: retrieval_view.cell_sentence(recipe, result, row, col),
+        }
+        token = retrieval_view.token_of(recipe, figure, row)
+        if token is None:
+            return update | {self.out["heads"]: gr.update(visible=False)}
+        heads = bars.as_value(retrieval_view.heads(result, token, col), True)
+        return update | {self.out["heads"]: gr.update(value=heads, visible=True)}
+
+    def cleared(self) -> dict[Any, Any]:
+        """Nothing of the last run stays."""
+        out = self.out
+        gone = {out[n]: gr.update(visible=False) for n in ("curve", "side", "heads", "quantity")}
+        hint = {"hint": "The first numbers are on their way …"}
+        return {out["figure"]: hint, out["table"]: "", out["text"]: ASK, **gone}
+
+    def empty(self) -> dict[Any, Any]:
+        """The hint of the start."""
+        return {self.out["figure"]: {"hint": HINT}}
+
+    def ended(self, job: Job) -> dict[Any, Any]:
+        """The finding."""
+        return {self.out["text"]: retrieval_view.headline(job.run)}
+
+
+def _roles(prompt: Any, context: str, question: str, subject: str, attribute: str) -> dict[str, list[int]]:
+    """Positions of subject and attribute, as far as they are found."""
+    roles = {}
+    for name, part in (("subject", subject), ("attribute", attribute)):
+        if not part.strip():
+            continue
+        try:
+            found = spans(Asked(prompt=question, context=context or None, **{name: part}))[name]
+        except StudioError:
+            continue
+        touched = [i for i, (a, b) in enumerate(prompt.offsets) if any(a < e and b > s for s, e in found)]
+        roles[name] = touched
+    return roles
+
+
+def _occurrence(text: str, part: str, at: int) -> str:
+    """Which occurrence of a part begins at the character `at`, as its field says it; "" for the only one."""
+    places = []
+    while True:
+        try:
+            places.append(find_span(text, part, len(places) + 1, "--part")[0])
+        except RequestError:
+            break
+    return str(places.index(at) + 1) if len(places) > 1 and at in places else ""
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"{file.name} can't be read as a text file in UTF-8; leave it out.") from error
