@@ -32,6 +32,7 @@ LEVELS = {
             "studio.sweep_file",
             "studio.sweep_tables",
             "studio.doctor",
+            "studio.retrieval",
         ),
         5,
     ),
