@@ -117,6 +117,110 @@ def naive_cell(model: Any, ids: list[int], token: int, layer: int, window: int) 
     return model.net(input_ids=torch.tensor([ids]), use_cache=False, seam=cut).logits[0, -1]
 
 
+def trace_race(
+    numbers: Numbers,
+    *,
+    tokens: int = 40,
+    subject: tuple[int, int] = (5, 9),
+    samples: int = 10,
+    repeats: int = 3,
+) -> dict[str, Any]:
+    """CPU seconds of a causal trace of hidden states (every token and layer; the subject's first and last
+    token), both ways, and the largest difference of any sampled probability.
+
+    The naive side is the number of cells times the median of 20 sampled ones, timed in turn with the fast
+    side, of which the median of `repeats` whole traces counts, clean and corrupted forwards included.
+    """
+    import torch
+
+    from studio.methods.language_cells import Grid
+
+    model = random_llama(numbers)
+    ids = (numbers(tokens).abs() * 1000).long().clamp(max=LLAMA["vocab_size"] - 1).tolist()
+    places = tuple(range(subject[0], subject[1] + 1))
+    noise = 3 * float(model.embedding.weight.std()) * numbers(samples, len(places), LLAMA["hidden_size"])
+    grid = Grid(("hidden",), len(model.blocks), tokens, places[0], 1)
+    seconds, each, error = [], [], 0.0
+    first = [places[0] + i * 37 % (tokens - places[0]) for i in range(SAMPLED)]
+    chosen = [(token, i * 7 % grid.layers) for i, token in enumerate(first)]
+    with torch.no_grad():
+        naive_trace_cell(model, ids, places, noise, chosen[0])  # nobody pays for the first call
+        for turn in range(repeats):
+            one, (answer, found) = _median(lambda _: trace_map(model, ids, places, noise, grid), [turn])
+            seconds.append(one)
+            for token, layer in chosen[turn::repeats]:
+                one, logits = _median(
+                    lambda cell: naive_trace_cell(model, ids, places, noise, cell), [(token, layer)]
+                )
+                each.append(one)
+                found_here = found[:, layer, token]
+                error = max(error, float((logits.softmax(-1)[:, answer] - found_here).abs().max()))
+    cells, quick = len(grid.cells()), sorted(seconds)[len(seconds) // 2]
+    naive = sorted(each)[len(each) // 2] * cells
+    return {
+        "tokens": tokens,
+        "cells": cells,
+        "seconds": quick,
+        "naive_seconds": naive,
+        "ratio": naive / quick,
+        "error": error,
+        "how": f"CPU seconds; subject at {subject[0]}-{subject[1]}, {samples} samples; fast: median of "
+        f"{repeats} whole traces; naive: {cells} cells times the median of {SAMPLED}, each a whole forward "
+        "of the clean prompt and all samples",
+    }
+
+
+def trace_map(model: Any, ids: list[int], places: tuple[int, ...], noise: Any, grid: Any) -> tuple[int, Any]:
+    """(the model's own next token, its probability (samples, layers, tokens) with each hidden state restored
+    where noise (samples, places, D) corrupts the tokens at `places`), as trace-language measures it."""
+    import torch
+
+    from studio.methods.language_cells import batch_rows, restored, stages
+    from studio.models.language_runs import prompt_runs
+
+    found = torch.empty(len(noise), grid.layers, grid.length)
+    full = torch.zeros(len(noise), grid.length - grid.first, noise.shape[2])
+    full[:, [t - grid.first for t in places]] = noise
+    shown, rows = [places[0], places[-1], grid.length - 1], batch_rows(16, model.heads[0], grid.length)
+    with prompt_runs(model, ids, grid.first) as runs:
+        runs.check()
+        answer = int(runs.logits.argmax())
+        for samples, cells in stages(grid, len(noise), shown):
+            at = slice(samples.start, samples.stop)
+            logits, base = runs.run(runs.embedded(ids, full[at]))
+            low = logits.softmax(-1)[:, answer]
+            for cell in (c for c in cells if grid.run_of(c) is None):
+                clean = runs.logits.softmax(-1)[answer]
+                found[at, cell[1], cell[2]] = clean if grid.is_clean(cell) else low
+            for batch in restored(runs, base, grid, cells, rows):
+                for alike, score in batch:
+                    for _, layer, token in alike:
+                        found[at, layer, token] = score.softmax(-1)[:, answer]
+    return answer, found
+
+
+def naive_trace_cell(
+    model: Any, ids: list[int], places: tuple[int, ...], noise: Any, cell: tuple[int, int]
+) -> Any:
+    """Logits (samples, vocabulary) of one cell (token, layer) as ROME's code does it: a whole forward whose
+    first row is clean, the others corrupted, the state copied from the first row to them."""
+    import torch
+
+    from studio.models.hooks import watch
+    from studio.types import Patch, Site
+
+    (token, layer), rows = cell, tuple(range(1, len(noise) + 1))
+    table, state = Site("lm", "", "embedding"), Site("lm", layer, "hidden")
+    modules = {table: model.embedding, state: model.blocks[layer]}
+    patches = [
+        Patch(table, do="add", value=noise, at=places, rows=rows),
+        Patch(state, do="copy", value=0, at=(token,), rows=rows),
+    ]
+    with watch(modules, patches=patches):
+        batch = torch.tensor([ids] * (len(noise) + 1))
+        return model.net(input_ids=batch, use_cache=False).logits[1:, -1].float()
+
+
 def _median(call: Callable[[Any], Any], given: Any) -> tuple[float, Any]:
     """(median CPU seconds of a call, what the last one gave)."""
     seconds, found = [], None

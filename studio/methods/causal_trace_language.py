@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from studio.measure import ratio_of_means, standard_error
-from studio.methods.language_cells import KINDS, Cell, Costs, Grid, batches, estimate, stages
+from studio.methods.language_cells import KINDS, Cell, Costs, Grid, batch_rows, estimate, restored, stages
 from studio.methods.language_corruption import (
     SETS,
     check_corruption,
@@ -35,8 +35,6 @@ METRICS = {
     "logit-difference": "logit of the answer minus that of the other",
 }
 _MOST_COLUMNS = 80  # tokens of a figure; of longer prompts the grouped positions are drawn
-_TOKENS_PER_ROW = 256  # of a batch
-_ATTENTION = 2**26  # attention weights that are held at once
 _PAUSE = 0.5  # seconds between partial results
 
 
@@ -214,9 +212,7 @@ class _Trace:
 
     @property
     def _rows(self) -> int:
-        """Tokens of one batch, over all its runs."""
-        heads = self.model.heads[0]
-        return min(self.report.rows * _TOKENS_PER_ROW, max(1, _ATTENTION // (heads * self.grid.length)))
+        return batch_rows(self.report.rows, self.model.heads[0], self.grid.length)
 
     def _blocks(self, samples: range) -> list[range]:
         """Samples that are run together."""
@@ -225,27 +221,24 @@ class _Trace:
 
     def _take(self, runs: Any, samples: range, cells: Sequence[Cell]) -> None:
         """Some cells of some samples."""
-        from studio.models.language_sweep import Sweep
-
         logits, base = runs.run(self._embedded(runs, samples))
         rows = slice(samples.start, samples.stop)
         self.corrupted[rows] = self._score(logits)
         self.top = int(logits[0].argmax())
-        places: dict[tuple, list[tuple[int, int, int]]] = {}
-        for cell in cells:
-            at = (self.params.kinds.index(cell[0]), *cell[1:])
-            if (run := self.grid.run_of(cell)) is not None:
-                places.setdefault(run, []).append(at)
-            else:
-                self.restored[rows, *at] = self.clean if self.grid.is_clean(cell) else self.corrupted[rows]
-        self.report.step(len(samples) * (len(cells) - sum(map(len, places.values()))))
-        for batch in batches(self.grid, self.grid.stems(cells), len(samples), self._rows):
-            for stem, end, found in Sweep(runs, base, batch).logits():
-                alike, score = places[stem.kind, stem.token, stem.first, end], self._score(found)
-                for at in alike:
-                    self.restored[rows, *at] = score
+        known = [cell for cell in cells if self.grid.run_of(cell) is None]
+        for cell in known:
+            self._put(rows, cell, self.clean if self.grid.is_clean(cell) else self.corrupted[rows])
+        self.report.step(len(samples) * len(known))
+        for batch in restored(runs, base, self.grid, cells, self._rows):
+            for alike, found in batch:
+                score = self._score(found)
+                for cell in alike:
+                    self._put(rows, cell, score)
                 self.report.step(len(samples) * len(alike))
             self._show()
+
+    def _put(self, rows: slice, cell: Cell, values: Any) -> None:
+        self.restored[rows, self.params.kinds.index(cell[0]), cell[1], cell[2]] = values
 
     def _embedded(self, runs: Any, samples: range) -> Any:
         """What goes into the first block of corrupted runs."""

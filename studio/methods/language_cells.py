@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 KINDS = ("hidden", "attention", "mlp")
 FIRST_SAMPLES = 3  # samples of the first look
+_TOKENS_PER_ROW = 128  # of a batch: what is asked for in rows is meant for whole prompts
+_ATTENTION = 2**26  # attention weights that are held at once
 
 Cell = tuple[str, int, int]
 Run = tuple[str, int, int, int]  # kind, token, first layer that is restored, layer after the last
@@ -93,6 +95,27 @@ def batches(grid: Grid, stems: Sequence[Stem], samples: int, rows: int) -> Itera
         size += more
     if batch:
         yield batch
+
+
+def batch_rows(rows: int, heads: int, length: int) -> int:
+    """Tokens of one batch, over all its runs, for so many rows of a forward."""
+    return min(rows * _TOKENS_PER_ROW, max(1, _ATTENTION // (heads * length)))
+
+
+def restored(
+    runs: Any, base: Sequence[Any], grid: Grid, cells: Sequence[Cell], rows: int
+) -> Iterator[list[tuple[list[Cell], Any]]]:
+    """The cells that need a run, with the states restored in the runs `base`, a batch of at most `rows`
+    tokens at a time: (cells that are one run, its logits (samples, vocabulary))."""
+    from studio.models.language_sweep import Sweep
+
+    places: dict[Run, list[Cell]] = {}
+    for cell in cells:
+        if (run := grid.run_of(cell)) is not None:
+            places.setdefault(run, []).append(cell)
+    for batch in batches(grid, grid.stems(cells), len(base[0].h), rows):
+        found = Sweep(runs, base, batch).logits()
+        yield [(places[stem.kind, stem.token, stem.first, end], logits) for stem, end, logits in found]
 
 
 @dataclass(frozen=True)
