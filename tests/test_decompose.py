@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.numpy import save_file
+from timm.models import save_for_hf
 
-from studio import Recipe
+from studio import Recipe, vision_race
 from studio.cli import main
 from studio.errors import RequestError, StudioError
 from studio.figures import to_bytes
@@ -23,6 +25,7 @@ from studio.models import aligner as aligners
 from studio.models.aligner import read_aligner
 from studio.models.decomposition import Decomposition, head_matrix
 from studio.models.vision import ClipModel
+from studio.models.vit_layouts import NotDecomposable
 from tests import vision_families as families
 
 TEXTS = ("a red star", "a blue circle")
@@ -279,6 +282,13 @@ def test_heads_that_are_mixed_have_no_tokens(session: Any, folder: Path, tmp_pat
     assert "normalises the outputs of all heads together" in said
 
 
+def test_a_model_without_known_blocks(session: Any, folder: Path, tmp_path: Path) -> None:
+    save_for_hf(timm.create_model("test_resnet"), tmp_path / "net", {}, safe_serialization=True)
+    said = sentence(session, folder, NotDecomposable, model=tmp_path / "net")
+    assert "can't be decomposed: its class ResNet is not one that Locus knows" in said
+    assert NotDecomposable.code == 2
+
+
 def test_too_many_backwards(session: Any, folder: Path, tmp_path: Path) -> None:
     given = {"clip": "atlas-clip", "aligner": identity(tmp_path, session, "swin"), "granularity": "token"}
     many = [f"text {i}" for i in range(90)]
@@ -397,3 +407,18 @@ def test_the_command_refuses(quiet: None, tmp_path: Path, capsys: pytest.Capture
     assert main(["decompose", "--images", "0.png", "--granularity", "token", "--out", str(out)]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 2 and all(s.startswith("locus: ") for s in said) and not out.exists()
+
+
+# ---- the race ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("test_vit", {"heads", "tokens", "adjoint"})])
+def test_the_race_measures_every_contender(monkeypatch: pytest.MonkeyPatch, name: str, kinds: set) -> None:
+    monkeypatch.setattr(vision_race, "MODELS", {"tiny": {"model_name": name, "num_classes": 0}})
+    generator = torch.Generator().manual_seed(0)
+    found = vision_race.race(
+        "tiny", lambda *shape: torch.randn(*shape, generator=generator), batch=2, texts=3, rounds=2
+    )
+    assert set(found["ratios"]) == kinds and all(r > 0 for r in found["ratios"].values())
+    assert found["seconds"] > 0 and found["memory"] >= 0 and 0 < found["error"] <= 2e-6
+    assert found["how"] == "tiny, batch 2, 3 texts, 1 thread, least of 2 rounds"

@@ -111,7 +111,7 @@ def test_the_adjoint_equals_the_closed_form(name: str) -> None:
 def test_key_tokens_equal_vectors_formed_at_every_place(name: str) -> None:
     made, pixels = whole(name)
     asked = directions(made.maps[-1].shape[-1], 1)
-    kept = made.run(pixels, TokenQuestion(made.along(asked), keep=True)).by_head
+    kept = torch.cat(made.run(pixels, TokenQuestion(made.along(asked), keep=True)).by_head)
     slow = Slow(families.model(name).net, layout_of(name), pixels)
     number = 0
     for part in slow.layout.attentions:
@@ -149,7 +149,8 @@ def test_only_the_heads_asked_for_are_summed() -> None:
     chosen = frozenset({"block.1.head.2", "block.2.head.0"})
     some = made.run(pixels, TokenQuestion(made.along(asked), chosen))
     labels = [label for a in made.layout.attentions for label in head_labels(a)]
-    wanted = sum(every.by_head[labels.index(c)] for c in chosen)
+    by_head = torch.cat(every.by_head)
+    wanted = sum(by_head[labels.index(c)] for c in chosen)
     torch.testing.assert_close(some.tokens, wanted, rtol=1e-5, atol=1e-7)
     found = adjoint_scores(made.layout, pixels, asked, chosen)
     torch.testing.assert_close(found.tokens, wanted, rtol=1e-5, atol=1e-6)

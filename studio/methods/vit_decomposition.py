@@ -244,7 +244,7 @@ class _Decompose:
         found = merged(found) if self.params.granularity == "layer" else found
         self.labels = tuple(found)
         stacked = torch.stack(list(found.values()), 1)
-        z = parts.representation if self.aligner is None else stacked.double().sum(1).float()
+        z = parts.representation if self.aligner is None else stacked.sum(1)
         norm = z.norm(dim=1)
         if not bool((norm > 0).all()):
             raise StudioError(f"{self.model.id} gives a representation of zero; its weights are not usable.")
@@ -293,8 +293,8 @@ class _Decompose:
         return total
 
     def _check_sum(self, parts: Any) -> None:
-        z = parts.representation.double()
-        total = sum(c.double() for c in parts.components.values())
+        z = parts.representation.cpu().double()
+        total = sum(c.cpu().double() for c in parts.components.values())
         error = float(((total - z).norm(dim=1) / z.norm(dim=1)).max())
         self.error = max(self.error, error)
         if not error <= WRONG_SUM.get(str(self.model.dtype).removeprefix("torch."), 0.1):

@@ -25,14 +25,14 @@ class Parts:
 
     outputs: by head label, sum_t w_t o_ht (N, head size), before W_O, where the path has one class. tokens:
     (N, tokens, K) scores of key tokens, summed over the heads asked for, not divided by anything. by_head:
-    (heads of all layers asked for, N, tokens, K). Both None when not asked for.
+    for every attention in order (heads, N, tokens, K); empty when not asked for.
     """
 
     representation: torch.Tensor
     components: dict[str, torch.Tensor]
     outputs: dict[str, torch.Tensor]
     tokens: torch.Tensor | None = None
-    by_head: torch.Tensor | None = None
+    by_head: tuple[torch.Tensor, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -205,8 +205,9 @@ class _Pass:
         components, outputs = self._components(weights, factor, streamed)
         components |= path.constants(self.seen, weights)
         scores = None if self.scores is None else self.scores * factor[:, None, None]
-        kept = torch.cat(self.by_head) * factor[:, None, None] if self.by_head else None
-        return Parts(representation, components, outputs, scores, kept)
+        for kept in self.by_head:
+            kept.mul_(factor[:, None, None])
+        return Parts(representation, components, outputs, scores, tuple(self.by_head))
 
     def _components(
         self, weights: list[torch.Tensor], factor: torch.Tensor, streamed: bool

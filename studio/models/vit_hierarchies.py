@@ -48,7 +48,7 @@ class SwinPath(Path):
         found = [project(self.projection, norm_map(self.norm, self.width))[None]]
         for merge in reversed(self.merges):
             width = merge.reduction.in_features
-            matrix = norm_map(merge.norm, width) @ merge.reduction.weight.detach().double().cpu().T
+            matrix = norm_map(merge.norm, width) @ merge.reduction.weight.detach().cpu().double().T
             corners = matrix.reshape(4, 1, width // 4, -1) @ found[0]  # (corner, later class, C, dim)
             found.insert(0, corners.flatten(0, 1))
         return found
@@ -72,9 +72,9 @@ class SwinPath(Path):
         for i, merge in enumerate(self.merges):
             bias = (
                 norm_bias(merge.norm, merge.reduction.in_features)
-                @ merge.reduction.weight.detach().double().cpu().T
+                @ merge.reduction.weight.detach().cpu().double().T
             )
-            total = weights[i + 1].flatten(1, 2).sum(1).double().cpu()  # (images, classes)
+            total = weights[i + 1].flatten(1, 2).sum(1).cpu().double()  # (images, classes)
             found[f"merge.{i}.bias"] = torch.einsum("nk,c,kcd->nd", total, bias, maps[i + 1])
         found["norm.bias"] = project(self.projection, norm_bias(self.norm, self.width))
         return self._projected_bias(found, weights[0])
@@ -114,7 +114,7 @@ class MaxVitPath(Path):
             if expand is None:
                 found.insert(0, found[0])
             else:
-                found.insert(0, expand.weight.detach().double().cpu()[:, :, 0, 0].T @ found[0])
+                found.insert(0, expand.weight.detach().cpu().double()[:, :, 0, 0].T @ found[0])
         return found
 
     def weights(self, seen: Seen) -> list[torch.Tensor]:
@@ -135,8 +135,8 @@ class MaxVitPath(Path):
         maps, found = self.maps(), {}
         for i, (_, expand) in enumerate(self.shortcuts):
             if expand is not None and expand.bias is not None:
-                total = weights[i + 1].flatten(1).sum(1).double().cpu()
-                bias = expand.bias.detach().double().cpu() @ maps[i + 1][0]
+                total = weights[i + 1].flatten(1).sum(1).cpu().double()
+                bias = expand.bias.detach().cpu().double() @ maps[i + 1][0]
                 found[f"conv.{i}.bias"] = total[:, None] * bias
         found["norm.bias"] = project(self.projection, norm_bias(self.norm, self.width))
         return self._projected_bias(found, weights[0])

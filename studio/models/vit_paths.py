@@ -43,20 +43,20 @@ def norm_map(norm: nn.Module | None, width: int) -> torch.Tensor:
         return found
     if is_layer_norm(norm):
         found = found - 1 / width
-    return found if norm.weight is None else found * norm.weight.detach().double().cpu()
+    return found if norm.weight is None else found * norm.weight.detach().cpu().double()
 
 
 def norm_bias(norm: nn.Module | None, width: int) -> torch.Tensor:
     """beta (width,) float64 on the CPU; zeros for a norm without."""
     bias = getattr(norm, "bias", None)
-    return torch.zeros(width, dtype=torch.float64) if bias is None else bias.detach().double().cpu()
+    return torch.zeros(width, dtype=torch.float64) if bias is None else bias.detach().cpu().double()
 
 
 def inverse_sigma(norm: nn.Module | None, x: torch.Tensor) -> torch.Tensor:
     """1/sigma of every vector of x (..., width), by the norm's own eps."""
     if _plain(norm):
         return x.new_ones(x.shape[:-1], dtype=torch.float32)
-    x = x.double()
+    x = x.float() if x.device.type == "mps" else x.double()  # MPS has no float64
     spread = x.var(-1, unbiased=False) if is_layer_norm(norm) else x.square().mean(-1)
     eps = norm.eps if norm.eps is not None else torch.finfo(torch.float32).eps
     return (spread + eps).rsqrt().float()
@@ -86,7 +86,7 @@ def frozen(norm: nn.Module) -> Change:
 
 def project(linear: Linear, matrix: torch.Tensor) -> torch.Tensor:
     """matrix (..., width) times the projection, float64; itself where there is none."""
-    return matrix if linear[0] is None else matrix @ linear[0].detach().double().cpu()
+    return matrix if linear[0] is None else matrix @ linear[0].detach().cpu().double()
 
 
 class Path:
@@ -202,7 +202,7 @@ class AttentionPool(Path):
     @cached_property
     def _heads(self) -> torch.Tensor:
         """W_V^T W_O^T by head (heads, D, dim)."""
-        value, out = (self.parts[k][0].detach().double().cpu() for k in ("value", "out"))
+        value, out = (self.parts[k][0].detach().cpu().double() for k in ("value", "out"))
         return project(self.projection, torch.einsum("dhe,hef->hdf", value, out))
 
     def maps(self) -> list[torch.Tensor]:
@@ -223,12 +223,12 @@ class AttentionPool(Path):
         value, out = (self.parts[k] for k in ("value", "out"))
         own = torch.zeros(self.width, dtype=torch.float64)
         if value[1] is not None:
-            own = torch.einsum("he,hef->f", value[1].detach().double().cpu(), out[0].detach().double().cpu())
+            own = torch.einsum("he,hef->f", value[1].detach().cpu().double(), out[0].detach().cpu().double())
         if out[1] is not None:
-            own = own + out[1].detach().double().cpu()
+            own = own + out[1].detach().cpu().double()
         found = {"pool.bias": project(self.projection, own)}
         if self.mlp is not None:
-            y = seen[self.mlp].reshape(len(weights[0]), -1).double().cpu()
+            y = seen[self.mlp].reshape(len(weights[0]), -1).cpu().double()
             found["pool.mlp"] = project(self.projection, y)
         found["norm.bias"] = norm_bias(self.norm, self.width) @ heads
         return self._projected_bias(found, weights[0])
