@@ -4,6 +4,7 @@ training that counts what it should, and the shipped models' answers."""
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,15 @@ from studio.models.catalog import ASSETS
 from studio.models.loading import fingerprint
 
 SHIPPED = [name for name in LAYOUTS if (ASSETS / "atlas" / name).exists()]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads stall on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

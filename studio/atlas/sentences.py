@@ -1,13 +1,14 @@
 """Documents of the Atlas language models: facts to remember, and contexts that agree with them or contradict.
 
 A document is a list of pieces of text, each marked by how it counts in training: `PLAIN` text, an `ANSWER`
-(the memory or the context decides it), an `ECHO` (a word that only repeats), or `OPEN` (a value that a
-context states for the first time: nothing decides it, so nothing is learned). One in ten (country, attribute,
+(the memory or the context decides it), an `ECHO` (a word that only repeats), or `OPEN` (above all a value that
+a context states for the first time: nothing decides it, so nothing is learned). One in ten (country, attribute,
 false value) is held out.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from zlib import crc32
@@ -147,7 +148,7 @@ class Writer:
             out.append(Fact(country, attribute, value))
         return out
 
-    def form(self, attribute: str, before: float = 0.25) -> str:
+    def form(self, attribute: str, before: float = 0.3) -> str:
         """A taught template of a sentence; with probability `before` the value comes first."""
         if self.rng.random() < before:
             return self.pick(BEFORE[attribute])
@@ -211,10 +212,13 @@ class Writer:
 
 
 def fill(template: str, fact: Fact, mark: int, end: str = "") -> list[Piece]:
-    """The template's pieces with the fact's value marked."""
-    text = template.replace("{c}", fact.country)
-    before, after = text.split("{v}")
-    return [(before, PLAIN), (fact.value, mark), (after + end, PLAIN)]
+    """The template's pieces with the fact's value marked; "named" and the like after a verb are `OPEN`, since
+    the value itself could stand there."""
+    before, after = template.replace("{c}", fact.country).split("{v}")
+    value = [(fact.value, mark), (after + end, PLAIN)]
+    if found := re.fullmatch(r"(.* (?:is|was))( (?:called|named|coloured|the) )", before):
+        return [(found[1], PLAIN), (found[2], OPEN), *value]
+    return [(before, PLAIN), *value]
 
 
 def prompt_of(template: str, country: str) -> str:
