@@ -251,7 +251,7 @@ def open_clip_layout(model: str, tower: nn.Module) -> Layout:
         raise refuse(model, "its attention pool asks with several queries (CoCa)")
     parts: list[Attention | Write] = []
     for i, b in enumerate(tower.transformer.resblocks):
-        if type(b).__name__ != "ResidualAttentionBlock":
+        if type(b).__name__ != "ResidualAttentionBlock" or not hasattr(b.attn, "qkv"):
             raise unknown_blocks(model, b)
         parts.append(fused_attention(f"block.{i}", 0, b.ln_1, b.attn, gain_of(b.ls_1)))
         parts.append(Write(f"block.{i}.mlp", 0, b.ln_2, b.mlp, gain_of(b.ls_2)))
