@@ -10,6 +10,7 @@ import torch
 from studio.models.language_runs import Held, Layer, PromptRuns, attend
 
 Tensor = torch.Tensor
+_LOGITS = 2**25  # that are held at once
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,12 @@ class Sweep:
             for g in self.groups
             for h in ([] if g.h is None else [g.h[:, :, -1]]) + [h[None] for _, h in g.fresh]
         ]
-        for world, row in zip(worlds, torch.cat(rows), strict=True):
-            yield world.stem, world.ends[0], self.runs.blocks.logits(row)
+        vocabulary = len(self.runs.logits)
+        size = max(1, _LOGITS // (vocabulary * self.samples))
+        for some, at in zip(torch.cat(rows).split(size), range(0, len(worlds), size), strict=True):
+            found = self.runs.blocks.logits(some.flatten(0, 1)).view(-1, self.samples, vocabulary)
+            for world, logits in zip(worlds[at : at + size], found, strict=True):
+                yield world.stem, world.ends[0], logits
 
     # ---- one layer ----------------------------------------------------------------------------------------
 
