@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 from timm.models import save_for_hf
 
-from studio import Recipe, vision_race
+from studio import Recipe
 from studio.cli import main
 from studio.errors import RequestError, StudioError
 from studio.figures import to_bytes
@@ -407,18 +407,3 @@ def test_the_command_refuses(quiet: None, tmp_path: Path, capsys: pytest.Capture
     assert main(["decompose", "--images", "0.png", "--granularity", "token", "--out", str(out)]) == 2
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 2 and all(s.startswith("locus: ") for s in said) and not out.exists()
-
-
-# ---- the race ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "kinds"), [("test_vit", {"heads", "tokens", "adjoint"})])
-def test_the_race_measures_every_contender(monkeypatch: pytest.MonkeyPatch, name: str, kinds: set) -> None:
-    monkeypatch.setattr(vision_race, "MODELS", {"tiny": {"model_name": name, "num_classes": 0}})
-    generator = torch.Generator().manual_seed(0)
-    found = vision_race.race(
-        "tiny", lambda *shape: torch.randn(*shape, generator=generator), batch=2, texts=3, rounds=2
-    )
-    assert set(found["ratios"]) == kinds and all(r > 0 for r in found["ratios"].values())
-    assert found["seconds"] > 0 and found["memory"] >= 0 and 0 < found["error"] <= 2e-6
-    assert found["how"] == "tiny, batch 2, 3 texts, 1 thread, least of 2 rounds"
