@@ -216,7 +216,7 @@ class LanguageModel:
     def padded(self, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """input_ids, attention_mask and position_ids (rows, longest) of token ids, padded on the left."""
         longest = max(map(len, rows))
-        fill = self.tokenizer.pad_token_id or 0
+        fill = getattr(self.tokenizer, "pad_token_id", None) or 0
         ids = torch.tensor([[fill] * (longest - len(r)) + list(r) for r in rows], device=self.device)
         length = torch.tensor([len(r) for r in rows], device=self.device)
         place = torch.arange(longest, device=self.device)[None] - (longest - length)[:, None]
