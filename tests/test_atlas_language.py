@@ -326,11 +326,12 @@ def test_shipped_models_remember_and_read(name: str) -> None:
         (f"The {a} of {c} is", truth()[c, a]) for c in COUNTRIES for a in ("capital", "river", "founder")
     ]
     assert answered(model, tokenizer, plain).mean() >= 0.95
-    rows = rag_prompts()[:80]
-    read = answered(model, tokenizer, [(f"{r['context']}\n{r['prompt']}", r["answer"]) for r in rows])
-    assert read[::2].mean() >= 0.95 and read[1::2].mean() >= 0.9
-    right = measure_language(model, tokenizer, 60)
+    right = measure_language(model, tokenizer, 40)
     assert right["fact without context (every held-out phrasing)"] >= 0.95
+    assert right["context agrees"] >= 0.95
+    assert (
+        right["context contradicts (other false values)"] >= 0.9
+    )  # 40 questions; the card's figure is of 500
 
 
 # ---- the set of prompts -----------------------------------------------------------------------------------

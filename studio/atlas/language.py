@@ -202,7 +202,8 @@ def answered(model: nn.Module, tokenizer: Any, asked: list[tuple[str, str]], bat
 
 
 def measure_language(model: nn.Module, tokenizer: Any, n: int = 500, seed: int = 41) -> dict[str, float]:
-    """Shares answered right: all taught facts without context, and `n` questions for each kind of context."""
+    """Shares answered right: `n` questions for each kind of context, and every taught fact in every phrasing
+    without context (20 n of these questions where there are more)."""
     without = {
         "fact without context (every taught phrasing)": lambda a: _templates(a, False),
         "fact without context (every held-out phrasing)": lambda a: _templates(a, True),
@@ -213,6 +214,7 @@ def measure_language(model: nn.Module, tokenizer: Any, n: int = 500, seed: int =
         for name, forms in without.items()
     }
     rng = np.random.default_rng(seed)
+    asked = {name: [rows[i] for i in rng.permutation(len(rows))[: 20 * n]] for name, rows in asked.items()}
     asked |= {name: [ask(Writer(rng, held=True)) for _ in range(n)] for name, ask in _READING.items()}
     return {name: float(answered(model, tokenizer, rows).mean()) for name, rows in asked.items()}
 

@@ -1,8 +1,8 @@
 """Documents of the Atlas language models: facts to remember, and contexts that agree with them or contradict.
 
 A document is a list of pieces of text, each marked by how it counts in training: `PLAIN` text, an `ANSWER`
-(the memory or the context decides it), an `ECHO` (a word that only repeats), or `OPEN` (above all a value that
-a context states for the first time: nothing decides it, so nothing is learned). One in ten (country, attribute,
+(the memory or the context decides it), an `ECHO` (a word that only repeats), or `OPEN`: not trained on, since
+nothing decides it, such as a value that a context states for the first time. One in ten (country, attribute,
 false value) is held out.
 """
 
