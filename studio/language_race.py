@@ -184,10 +184,12 @@ def trace_map(model: Any, ids: list[int], places: tuple[int, ...], noise: Any, g
     shown, rows = [places[0], places[-1], grid.length - 1], batch_rows(16, model.heads[0], grid.length)
     with prompt_runs(model, ids, grid.first) as runs:
         runs.check()
-        answer = int(runs.logits.argmax())
+        answer, kept = int(runs.logits.argmax()), (None,)
         for samples, cells in stages(grid, len(noise), shown):
             at = slice(samples.start, samples.stop)
-            logits, base = runs.run(runs.embedded(ids, full[at]))
+            if kept[0] != samples:
+                kept = samples, *runs.run(runs.embedded(ids, full[at]))
+            _, logits, base = kept
             low = logits.softmax(-1)[:, answer]
             for cell in (c for c in cells if grid.run_of(c) is None):
                 clean = runs.logits.softmax(-1)[answer]

@@ -19,7 +19,13 @@ import torch
 from studio.errors import StudioError
 from studio.models.attention_interface import attention_interface
 from studio.models.hooks import watch
-from studio.models.sites import LANGUAGE_KINDS, language_module, language_norms, language_rotary
+from studio.models.sites import (
+    LANGUAGE_KINDS,
+    language_module,
+    language_norms,
+    language_queries,
+    language_rotary,
+)
 from studio.types import Site
 
 Tensor = torch.Tensor
@@ -63,14 +69,31 @@ class Blocks:
 
     def project(self, layer: int, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (rows, H, d), keys and values (rows, KV, d) of `h` (rows, D) at positions (rows,)."""
-        parts = [self._projected(layer, h[a:b], places[a:b]) for a, b in self._chunks(len(h))]
+        parts = [self._projected(layer, h[a:b], places[a:b], {}) for a, b in self._chunks(len(h))]
         return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
 
-    def _projected(self, layer: int, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def keys(self, layer: int, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Keys and values alone, as of `project`; None where they can't be had without the queries."""
+        attention = self.model.attention(layer)
+        if (name := language_queries(attention)) is None:
+            return None
+        one = {  # the queries of one head, which nobody reads
+            f"{name}.{key}": p[: self.size] for key, p in attention.get_submodule(name).named_parameters()
+        }
+        return self._projected(layer, h, places, one)[1:]
+
+    def _projected(
+        self, layer: int, h: Tensor, places: Tensor, instead: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the attention module, with other parameters in place of some, up to our function."""
         turns = None if self.turns is None else tuple(t[places][None] for t in self.turns)
         read, attention = self.norms[layer][0](h)[None], self.model.attention(layer)
+        options = {"position_embeddings": turns, "attention_mask": None, "seam": _stop_there}
         try:
-            attention(read, position_embeddings=turns, attention_mask=None, seam=_stop_there)
+            if instead:
+                torch.func.functional_call(attention, instead, (read,), options)
+            else:
+                attention(read, **options)
         except _Projected as known:
             return tuple(t[0].transpose(0, 1) for t in known.args)
         raise StudioError(f"{self.model.id}'s attention does not ask our function; take another model.")

@@ -173,10 +173,16 @@ class Sweep:
             return []
         flats = [group.h.reshape(-1, group.h.shape[-1]) for group in groups]
         places = [self.runs.places(g.h.shape[:2].numel(), g.token) for g in groups]
-        found = self.runs.blocks.project(layer, _joined(flats), torch.cat(places))
-        split = (x.split([len(flat) for flat in flats]) for x in found)
+        sizes, flat, at = list(map(len, flats)), _joined(flats), torch.cat(places)
+        if layer < self.runs.blocks.count - 1 or (known := self.runs.blocks.keys(layer, flat, at)) is None:
+            split = [x.split(sizes) for x in self.runs.blocks.project(layer, flat, at)]
+        else:  # of the last layer only the last token's queries are read
+            last = [g.h[:, :, -1].reshape(-1, flat.shape[1]) for g in groups]
+            end = torch.full((sum(map(len, last)),), self.runs.length - 1, device=flat.device)
+            q = self.runs.blocks.project(layer, torch.cat(last), end)[0].split(list(map(len, last)))
+            split = [q, *(x.split(sizes) for x in known)]
         return [
-            self._part(layer, g, g.worlds, g.h, *(x.view(*g.h.shape[:3], *x.shape[1:]) for x in qkv))
+            self._part(layer, g, g.worlds, g.h, *(x.view(*g.h.shape[:2], -1, *x.shape[1:]) for x in qkv))
             for g, qkv in zip(groups, zip(*split, strict=True), strict=True)
         ]
 

@@ -245,6 +245,12 @@ def language_rotary(net: nn.Module) -> nn.Module | None:
     return getattr(net.base_model, "rotary_emb", None)
 
 
+def language_queries(attention: nn.Module) -> str | None:
+    """Name of the matrix that gives an attention's queries alone; None where keys and values come from the
+    same one."""
+    return "q_proj" if hasattr(attention, "q_proj") else None
+
+
 def written_matrix(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(weight (out, in), bias (out,) or None) of a linear module; GPT-2's Conv1D stores (in, out)."""
     from transformers.pytorch_utils import Conv1D
