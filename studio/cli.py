@@ -116,7 +116,7 @@ def overview() -> str:
 
 def run_method(method: Method, argv: list[str]) -> int:
     """Runs a method's command."""
-    from studio.store import EDIT_FILE, as_record, check_free, check_free_file, copy_file
+    from studio.store import EDIT_FILE, MADE_FILE, as_record, check_free, check_free_file, copy_file
     from studio.types import Recipe
 
     given = parse_options(
@@ -140,12 +140,14 @@ def run_method(method: Method, argv: list[str]) -> int:
         for warning in run.result.values.get("warnings", []):
             print(f"locus: warning: {warning}", file=sys.stderr)
         where = out or session.store.root / run.id
-        if saved is not None and not (where / EDIT_FILE).is_file():
+        made = [f for name in (EDIT_FILE, MADE_FILE) if (f := where / name).is_file()]
+        if saved is not None and not made:
             raise StudioError(
-                f"{method.name} made no edit with these options, so nothing is saved; the run is {where}."
+                f"{method.name} made no {method.saves} with these options, so nothing is saved; the run is "
+                f"{where}."
             )
         if saved is not None:
-            copy_file(where / EDIT_FILE, saved)
+            copy_file(made[0], saved)
         if given["json"]:
             print(json.dumps(as_record(run), ensure_ascii=False))
         if not given["json"] or out is None:

@@ -202,6 +202,30 @@ def _curve(figure: Figure) -> Any:
     return canvas
 
 
+def _table(figure: Figure) -> Any:
+    """data: columns (titles), rows (lists of short texts). At most 60 rows are drawn; arrays hold all."""
+    columns, rows = figure.data["columns"], [list(row) for row in figure.data["rows"]]
+    drawn = rows[:60] + [["…"] * len(columns)] * (len(rows) > 60)
+    cells = [[_short(str(cell), 48) for cell in row] for row in drawn]
+    titles = [_short(str(c), 48) for c in columns]
+    widths = [max(map(len, column)) + 2 for column in zip(titles, *cells, strict=True)]
+    canvas = _canvas(0.8 + 0.075 * sum(widths), 1.1 + 0.2 * (1 + len(cells)), figure)
+    axes = canvas.subplots()
+    axes.axis("off")
+    if not cells:
+        return canvas
+    shares = [w / sum(widths) for w in widths]
+    table = axes.table(
+        cellText=cells, colLabels=titles, colWidths=shares, cellLoc="left", bbox=(0.0, 0.0, 1.0, 1.0)
+    )
+    table.auto_set_font_size(False)
+    table.set_fontsize(7)
+    for (row, _), cell in table.get_celld().items():
+        cell.set_edgecolor(EMPTY)
+        cell.set_facecolor(EMPTY if row == 0 else "white")
+    return canvas
+
+
 def _short(text: str, most: int = 38) -> str:
     text = "".join(c if c.isprintable() else " " for c in text)  # control signs would break an SVG
     return text if len(text) <= most else text[: most - 1] + "…"
@@ -212,6 +236,7 @@ _DRAWERS: dict[str, Callable[[Figure], Any]] = {
     "strip": _strip,
     "bars": _bars,
     "curve": _curve,
+    "table": _table,
 }
 
 

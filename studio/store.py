@@ -33,6 +33,7 @@ HIDDEN = ".partial-"
 _DAY = 24 * 3600.0
 MOST_PASSING = 64  # edits that single clicks made
 EDIT_FILE = "edit.safetensors"  # in the folder of a run that made an edit
+MADE_FILE = "made.safetensors"  # in that of a run that made another file
 
 
 class Store:
@@ -164,10 +165,8 @@ def _natural(name: str) -> list[str | int]:
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
+    except OSError as error:
+        return not isinstance(error, ProcessLookupError)
     return True
 
 
@@ -260,6 +259,8 @@ def _fill(run: Run, folder: Path, figure: Figure | None) -> None:
         Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
     if run.result.edit is not None:
         write_edit(run.result.edit, folder / EDIT_FILE)
+    if run.result.made is not None:
+        write_tensors(run.result.made.tensors, run.result.made.note, folder / MADE_FILE)
     if figure is not None:
         for kind in figures.FORMATS:
             (folder / f"figure.{kind}").write_bytes(figures.to_bytes(figure, kind, record["recipe"]))
@@ -276,19 +277,22 @@ def write_edit(edit: Edit, path: Path) -> None:
         "locus.replacements": json.dumps(list(edit.replacements), ensure_ascii=False),
         "locus.params": json.dumps(dict(edit.params), ensure_ascii=False),
     }
-    deltas = {n: np.ascontiguousarray(d, np.float32) for n, d in edit.deltas.items()}
-    write_tensors(deltas, note, path)
+    write_tensors({n: np.ascontiguousarray(d, np.float32) for n, d in edit.deltas.items()}, note, path)
 
 
 def write_tensors(tensors: Mapping[str, np.ndarray], note: Mapping[str, str], path: Path) -> None:
-    """Writes a safetensors file of float32 tensors, beside its place first; StudioError when that fails.
+    """Writes a safetensors file of float tensors, beside its place first; StudioError when that fails.
 
     The library's own writer shuffles metadata, and the same edit would have another hash every time.
     """
     header, end = {"__metadata__": dict(note)}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+        header[name] = {
+            "dtype": f"F{8 * tensor.itemsize}",
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
     head = json.dumps(header, ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     beside = path.parent / f"{HIDDEN}{os.getpid()}-{path.name[:50]}"
@@ -297,11 +301,11 @@ def write_tensors(tensors: Mapping[str, np.ndarray], note: Mapping[str, str], pa
         with beside.open("wb") as opened:
             opened.write(len(head).to_bytes(8, "little") + head)
             for tensor in tensors.values():
-                opened.write(np.ascontiguousarray(tensor, "<f4").data)
+                opened.write(np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<")).data)
         beside.replace(path)
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
-        raise StudioError(f"The edit could not be saved as {path}: {reason}.") from error
+        raise StudioError(f"{path} could not be saved: {reason}.") from error
     finally:
         beside.unlink(missing_ok=True)
 

@@ -164,14 +164,23 @@ class Edit:
 
 
 @dataclass(frozen=True, eq=False)
+class Made:
+    """A safetensors file that a method made, such as an aligner: its tensors (float) and its metadata."""
+
+    tensors: Mapping[str, np.ndarray]
+    note: Mapping[str, str]
+
+
+@dataclass(frozen=True, eq=False)
 class Result:
     """What a method returns: named arrays, short values, images (H, W, 3) uint8 named by what they show, and
-    the edit that it made, if it makes one."""
+    the edit or the other file that it made, if it makes one."""
 
     arrays: Mapping[str, Trace] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
     images: Mapping[str, np.ndarray] = field(default_factory=dict)
     edit: Edit | None = None
+    made: Made | None = None
 
 
 @dataclass(frozen=True, eq=False)
