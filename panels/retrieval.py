@@ -54,7 +54,7 @@ class _Panel(Running):
         """Connects everything."""
         form, out = self.form, self.out
         self.wire_run(form["prompt"].submit)
-        fixed = [n for n in self.switched if n not in TEXTS]
+        fixed = [*(n for n in self.switched if n not in TEXTS), "seeds"]
         form["method"].change(
             lambda name: self.switch(name, fixed), form["method"], [form[n] for n in fixed], **QUIET
         )
@@ -85,6 +85,7 @@ class _Panel(Running):
         """Another view was chosen: its own knobs show."""
         chosen = find_method(name)
         mine = {*widgets.knobs([chosen]), widgets.own("window", chosen)}
+        mine |= {"seeds"} if chosen.samples else set()
         if widgets.own("window", chosen) in self.form:
             mine.discard("window")
         return [gr.update(visible=knob in mine) for knob in fixed]
@@ -97,7 +98,8 @@ class _Panel(Running):
             asked[name] = asked.get(name) or None
         if not asked["context"]:
             asked["context"] = None
-        return Recipe(method.name, given["model"] or "", asked, {}, parse_seeds(method, given["seeds"]))
+        seeds = parse_seeds(method, given["seeds"]) if method.samples else ()
+        return Recipe(method.name, given["model"] or "", asked, {}, seeds)
 
     # ---- the prompt ---------------------------------------------------------------------------------------
 

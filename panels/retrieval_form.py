@@ -56,7 +56,7 @@ def form() -> dict[str, Any]:
     found |= _passages()
     for name in TEXTS[1:]:
         found[name] = widgets.widget("retrieval", name, *known[name], example[name])
-    found["seeds"] = widgets.seeds("retrieval", "0")
+    found["seeds"] = widgets.seeds("retrieval", "0", visible=False)
     found |= widgets.run_buttons("retrieval")
     with gr.Accordion("Options", open=False):
         found["model"] = widgets.model_choice("retrieval", "language", "atlas-llama")

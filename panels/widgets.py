@@ -91,10 +91,10 @@ class Choice(gr.Radio):
         return payload if isinstance(payload, str) else None
 
 
-def seeds(panel: str, value: str) -> gr.Textbox:
+def seeds(panel: str, value: str, **options: Any) -> gr.Textbox:
     """The seeds of a run."""
     several = "Separated by commas; two or more give standard errors."
-    return gr.Textbox(value, label="Seeds", elem_id=f"{panel}-seeds", info=several)
+    return gr.Textbox(value, label="Seeds", elem_id=f"{panel}-seeds", info=several, **options)
 
 
 def run_buttons(panel: str, title: str = "Run") -> dict[str, gr.Button]:
