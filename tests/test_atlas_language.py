@@ -242,9 +242,9 @@ def test_steps_are_of_one_size_and_lose_no_document(tokenizer: Any) -> None:
 
 
 def test_documents_grow_when_answers_are_right() -> None:
-    ladder = Ladder(top=4.0)
-    assert [ladder.climb(0.5) for _ in range(200)][-1] == 3.0
-    assert [ladder.climb(1.0) for _ in range(200)][-1] == 4.0
+    ladder = Ladder(top=3.0)
+    assert [ladder.climb(0.5) for _ in range(200)][-1] == 2.0
+    assert [ladder.climb(1.0) for _ in range(200)][-1] == 3.0
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -31,8 +31,8 @@ WHAT = (
     "It knows the countries' facts and reads contexts, also false ones. A prompt with context is context + "
     '"\\n" + prompt; the answer is the next token, with its leading space.'
 )
-TOKENS = 2560  # of a step, padding included
-POOL = 192  # documents that are sorted into steps of a like length
+TOKENS = 1536  # of a step, padding included
+POOL = 160  # documents that are sorted into steps of a like length
 _SIZES = {"hidden_size": 128, "num_hidden_layers": 8, "num_attention_heads": 4}
 _PLAIN_SHARE, _PLAIN_WEIGHT, _ECHO_WEIGHT = 0.2, 0.25, 0.4
 
@@ -115,7 +115,7 @@ def language_loss(model: nn.Module, ids: torch.Tensor, marks: torch.Tensor) -> t
 class Ladder:
     """How many facts a document may hold: more as soon as four answers in five are right."""
 
-    def __init__(self, rung: float = 3.0, top: float = 7.0) -> None:
+    def __init__(self, rung: float = 2.0, top: float = 7.0) -> None:
         self.rung, self.top, self.right = rung, top, 0.0
 
     def climb(self, right: float) -> float:

@@ -188,6 +188,7 @@ def _vision(options: Options, device: str, work: Path) -> None:
 def _language(options: Options, device: str, work: Path) -> None:
     from studio.atlas.language import (
         LAYOUTS,
+        TOKENS,
         WHAT,
         load_language,
         measure_language,
@@ -202,7 +203,7 @@ def _language(options: Options, device: str, work: Path) -> None:
     )
     save_language(model, folder)
     facts = {
-        "steps of about 2,560 tokens": done["steps"],
+        f"steps (the last ones of about {TOKENS} tokens)": done["steps"],
         "minutes in all": done["minutes"],
         "weights": sum(p.numel() for p in model.parameters()),
         "peak learning rate": str(options.lr),
