@@ -298,8 +298,8 @@ class Ray:
 
     def _ask(self, what: Callable[[Any], Any]) -> tuple[str, str]:
         """A free worker's answer; another one takes over from a worker that has died."""
-        for _ in range(ATTEMPTS):
-            with self._free_place() as place:
+        with self._free_place() as place:
+            for _ in range(ATTEMPTS):
                 try:
                     return self._ray.get(what(self._workers[place]))
                 except self._ray.exceptions.RayActorError as error:
