@@ -204,9 +204,9 @@ class _Panel(Running):
         return update if strip is None else update | {out["strip"]: strip}
 
     def strip(self, recipe: Recipe, result: Result, quantity: str | None, again: bool) -> dict | None:
-        """The coloured strip; None while the prompt's tokens are not known."""
-        inputs = recipe.inputs
-        found = self.encoded(recipe.model, inputs["context"], inputs["prompt"], None)
+        """The coloured strip; None while a run goes on whose prompt's tokens are not known yet."""
+        inputs, user = recipe.inputs, "retrieval" if again else None
+        found = self.encoded(recipe.model, inputs["context"], inputs["prompt"], user)
         if found is None:
             return None
         values, unit = retrieval_view.colours(recipe, result, quantity, len(found))

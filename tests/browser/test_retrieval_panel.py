@@ -1,0 +1,109 @@
+"""The Retrieval panel in a real browser: contributions, knockouts, selecting, passages, bad input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from tests.browser.studio import Visit
+
+pytestmark = pytest.mark.browser
+
+
+def opened(visit: Visit) -> Any:
+    page = visit.page
+    page.get_by_role("tab", name="Retrieval").click()
+    page.wait_for_selector("#retrieval-run:not([disabled])")
+    return page
+
+
+def fill(page: Any, name: str, text: str) -> None:
+    page.locator(f"#retrieval-{name} textarea, #retrieval-{name} input").first.fill(text)
+
+
+def value(page: Any, name: str) -> str:
+    return page.locator(f"#retrieval-{name} textarea, #retrieval-{name} input").first.input_value()
+
+
+def ran(visit: Visit) -> Any:
+    page = opened(visit)
+    page.click("#retrieval-run")
+    visit.status("Done", "retrieval")
+    page.wait_for_selector("#retrieval-figure .cell")
+    return page
+
+
+def test_contributions_colour_the_strip_and_split_into_heads(visit: Visit) -> None:
+    page = ran(visit)
+    page.wait_for_selector("#retrieval-strip .token[style*=background]")
+    page.click('#retrieval-figure .cell[data-row="1"][data-col="2"]')
+    page.wait_for_selector("#retrieval-heads .cell")
+    assert "layer 2" in value(page, "detail-text")
+    page.locator("#retrieval-strip .token").nth(3).click()
+    page.wait_for_function(
+        "document.querySelector('#retrieval-detail-text textarea').value.startsWith('Token 3')"
+    )
+
+
+def test_knockouts_and_the_verdict_of_both_kinds_of_cut(visit: Visit) -> None:
+    page = opened(visit)
+    page.get_by_role("radio", name="Knockouts").check()
+    page.click("#retrieval-run")
+    visit.status("Done", "retrieval")
+    page.wait_for_selector("#retrieval-curve img")
+    page.click('#retrieval-figure .cell[data-row="1"][data-col="1"]')
+    page.wait_for_function(
+        "document.querySelector('#retrieval-detail-text textarea').value.includes('Random sets')"
+    )
+    page.get_by_role("radio", name="Context or memory").check()
+    page.click("#retrieval-run")
+    page.wait_for_function(
+        "document.querySelector('#retrieval-detail-text textarea').value.includes('when the last token')"
+    )
+    page.wait_for_selector("#retrieval-side .cell")
+
+
+def test_words_selected_in_the_strip_become_the_attribute(visit: Visit) -> None:
+    page = opened(visit)
+    fill(page, "context", "The capital of Arvonia is Quill. The river of Arvonia is Wend.")
+    fill(page, "prompt", "The capital of Arvonia is")
+    fill(page, "subject", "Arvonia")
+    page.keyboard.press("Tab")
+    page.wait_for_selector("#retrieval-strip .token >> text=Wend")
+    page.locator("#retrieval-strip .token", has_text="Wend").dblclick()
+    page.wait_for_function(
+        "document.querySelector('#retrieval-attribute textarea, #retrieval-attribute input').value === 'Wend'"
+    )
+    page.wait_for_selector("#retrieval-strip .role-attribute >> text=Wend")
+
+
+def test_a_context_is_found_in_passages(visit: Visit) -> None:
+    page = opened(visit)
+    page.get_by_role("button", name="Find the context in passages").click()
+    fill(
+        page, "passages", "Bread is good.\n\nThe capital of Arvonia is Quill.\n\nThe river of Arlund is long."
+    )
+    fill(page, "prompt", "The capital of Arvonia is")
+    fill(page, "count", "1")
+    page.click("#retrieval-find")
+    visit.status("1 passages found", "retrieval")
+    assert value(page, "context") == "The capital of Arvonia is Quill."
+    fill(page, "passages", "zzz")
+    page.click("#retrieval-find")
+    visit.status("No passage shares a word", "retrieval")
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "says"),
+    [
+        ("subject", "Nowhere", "--subject 'Nowhere' is not in the text"),
+        ("prompt", "", "--prompt is missing"),
+        ("attribute", "is", "--attribute 'is' stands"),
+    ],
+)
+def test_bad_input_gets_a_sentence(visit: Visit, field: str, text: str, says: str) -> None:
+    page = opened(visit)
+    fill(page, field, text)
+    page.click("#retrieval-run")
+    visit.status(says, "retrieval")
