@@ -11,6 +11,7 @@ from studio import vision_race
 @pytest.mark.parametrize(("name", "kinds"), [("test_vit", {"heads", "tokens", "adjoint"})])
 def test_the_race_measures_every_contender(monkeypatch: pytest.MonkeyPatch, name: str, kinds: set) -> None:
     monkeypatch.setattr(vision_race, "MODELS", {"tiny": {"model_name": name, "num_classes": 0}})
+    torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     found = vision_race.race(
         "tiny", lambda *shape: torch.randn(*shape, generator=generator), batch=2, texts=3, rounds=2
