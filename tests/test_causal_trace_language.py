@@ -378,6 +378,22 @@ def test_blocks_put_together_otherwise_are_refused(monkeypatch: pytest.MonkeyPat
             runs.check()
 
 
+def test_the_race_compares_the_same_cells(monkeypatch: pytest.MonkeyPatch) -> None:
+    from studio import language_race
+
+    size = {"vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    monkeypatch.setattr(language_race, "LLAMA", language_race.LLAMA | size | {"num_hidden_layers": 3})
+    monkeypatch.setattr(language_race, "SAMPLED", 6)
+    generator = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    found = language_race.trace_race(numbers, tokens=9, subject=(3, 4), samples=4, repeats=2)
+    assert found["cells"] == 27 and 0 < found["error"] < 1e-6
+    assert found["ratio"] == pytest.approx(found["naive_seconds"] / found["seconds"])
+
+
 def test_params_and_inputs_are_json() -> None:
     assert plain(Params())["samples"] == 10 and plain(Asked(prompt="x"))["context"] is None
     assert SimpleNamespace(**plain(Params())).noise == 3.0
