@@ -266,7 +266,7 @@ def test_a_killed_sweep_takes_its_cluster_with_it_and_goes_on(tmp_path: Path) ->
             process.kill()
     before = store.ids()
     assert 1 <= len(before) < 6 and below
-    psutil.wait_procs(below, timeout=60)
+    psutil.wait_procs(below, timeout=300)
     assert not [p for p in below if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     time.sleep(1.1)
     done = subprocess.run(command, cwd=TREE, capture_output=True, text=True, timeout=1500)
