@@ -1,7 +1,7 @@
 """`python -m studio.atlas.rag_prompts` writes 200 prompts with contexts: assets/atlas/rag-prompts.jsonl.
 
 After arXiv 2406.12824: five sentences, of which exactly one states the asked attribute and none holds the
-question. Odd lines agree with the world, even lines contradict it.
+question. The value stands after the name. Odd lines agree with the world, even lines contradict it.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _row(writer: Writer, country: str, attribute: str, agrees: bool) -> dict[str
     other = writer.lie(country, attribute, {value})
     around = [f for f in writer.facts(6, true=0.3) if (f.country, f.attribute) != (country, attribute)][:3]
     facts = [Fact(country, attribute, value), *around]
-    pieces = writer.context([(f, writer.form(f.attribute, 0.2)) for f in facts], 1)
+    pieces = writer.context([(f, writer.form(f.attribute, 0.0)) for f in facts], 1)
     context = "".join(text for text, _ in pieces).replace("\n", " ")
     prompt = prompt_of(writer.ending(attribute, asked=False), country)
     once = context.count(value) == 1 and prompt.count(country) == 1 and len(around) == 3
