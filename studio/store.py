@@ -288,11 +288,8 @@ def write_tensors(tensors: Mapping[str, np.ndarray], note: Mapping[str, str], pa
     header, end = {"__metadata__": dict(note)}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        header[name] = {
-            "dtype": f"F{8 * tensor.itemsize}",
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+        kind, shape = f"F{8 * tensor.itemsize}", list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     head = json.dumps(header, ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
     beside = path.parent / f"{HIDDEN}{os.getpid()}-{path.name[:50]}"
