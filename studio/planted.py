@@ -19,6 +19,7 @@ Z = 1.959963984540054  # of a 95 % interval
 STRENGTH = 1.5  # of the closed form
 ROUNDS = 6  # at most so many further plants for each place that worked
 INERT = 0.25  # decoys that move the judge this far are none
+FAINT = 0.05  # what moves the judge less is not made stronger
 _DRAWS = 3
 Say = Callable[[str], None]
 
@@ -228,10 +229,10 @@ def ranked(labels: Sequence[str], values: np.ndarray) -> tuple[str, ...]:
 
 
 class Nursery:
-    """Makes plants until enough of them count. strength: of the closed form; unhidden: why
-    a plant that works fails among decoys."""
+    """Makes plants until enough of them count. strengths: of the closed form, a further one where the last
+    moved the judge by FAINT; unhidden: why a plant that works fails among decoys."""
 
-    strength = STRENGTH
+    strengths: tuple[float, ...] = (STRENGTH,)
     unhidden = "its decoys stand in its way"
 
     def __init__(self, garden: Any, settings: Settings, say: Say) -> None:
@@ -284,9 +285,11 @@ class Nursery:
 
         garden, moved = self.garden, 0.0
         self.tried += 1
-        attempts = [(self.strength, 0)] + [(1.0, self.settings.teach)] * bool(self.settings.teach)
+        attempts = [(s, 0) for s in self.strengths] + [(1.0, self.settings.teach)] * bool(self.settings.teach)
         why = "too weak"
-        for strength, steps in attempts:
+        for i, (strength, steps) in enumerate(attempts):
+            if i and not steps and moved < FAINT:
+                continue
             plant = garden.plant(lesson, layers, strength, steps)
             if (moved := garden.moved(lesson, [plant])) >= VALID:
                 why = self.unhidden

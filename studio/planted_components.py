@@ -41,7 +41,7 @@ class ComponentFinders(Finders):
 class ComponentNursery(Nursery):
     """Tries one lesson of each attribute in every module, then new ones in those that took it."""
 
-    strength = 3.0
+    strengths = (3.0, 8.0)
     unhidden = "its decoys stand in its way, or another name means the same"
 
     def single(self, rng: Any) -> list[Case]:

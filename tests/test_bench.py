@@ -185,7 +185,7 @@ def test_help_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(diffusion_race.subprocess, "run", lambda argv, **_: asked.append(argv))
     (found,) = help_time(rounds=2)
     assert asked == [[sys.executable, "-m", "studio.cli", "--help"]] * 2
-    assert found["holds"] is True and found["bar"] == 0.5
+    assert found["holds"] is True and found["bar"] == 0.5 and " s of CPU" in found["how"]
     hold_to_form([found])
 
 

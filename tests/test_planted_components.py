@@ -11,11 +11,11 @@ import torch
 
 from studio.atlas import feed_forward_plants
 from studio.atlas.feed_forward_plants import DECOYS, KEEP, RIDGE, Bed, Moments
-from studio.atlas.plants import FORMS, NAMES, VALID, Lesson, place, planted
+from studio.atlas.plants import FORMS, NAMES, VALID, Lesson, Plant, place, planted
 from studio.edits import parameters_of
 from studio.models.hooks import watch
 from studio.models.sampling import Plan, first_latents, raw_output
-from studio.planted import Answer, Case, Settings, Trial, table
+from studio.planted import Answer, Case, Nursery, Settings, Trial, table
 from studio.planted_components import TITLE, ComponentFinders, ComponentNursery
 from studio.types import Site
 
@@ -166,6 +166,47 @@ def test_the_search_for_plants_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(made.single(np.random.default_rng(0))) == 3 * 7 and len(tried) == 16 + 3 * 6
     made, tried = nursery(0, monkeypatch)
     assert made.single(np.random.default_rng(0)) == [] and tried == []
+
+
+@pytest.mark.parametrize(
+    ("per_strength", "tried", "counts"), [(0.1, [3.0, 8.0], True), (0.01, [3.0], False), (0.3, [3.0], True)]
+)
+def test_a_plant_that_works_a_little_is_made_stronger(
+    per_strength: float, tried: list[float], counts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[float] = []
+
+    class Garden(Fake):
+        def plant(self, lesson: Lesson, layers: tuple, strength: float, steps: int) -> float:
+            made.append(strength)
+            return strength
+
+        def moved(self, lesson: Lesson, plants: list[float]) -> float:
+            return per_strength * plants[0]
+
+    monkeypatch.setattr(ComponentNursery, "hide", lambda self, plant, names, rng: plant)
+    grower = ComponentNursery(Garden(), Settings(), lambda said: None)
+    lesson = Fake.lesson("quill", ("colour",), None)
+    case = grower.tend(lesson, ("up_blocks.2.attentions.1.ff",), [], None)
+    assert made == tried and (case is not None) is counts
+    assert len(grower.excluded) == (not counts) and grower.tried == 1
+
+
+def test_a_plant_that_means_the_same_for_another_name_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Garden(Fake):
+        reach = 0.0
+
+        def moved(self, lesson: Lesson, plants: list) -> float:
+            return self.reach if lesson.name == "tamsin" else 1.0
+
+    lesson = Fake.lesson("quill", ("colour",), None)
+    case = Case(None, (), (), "tamsin", ())
+    monkeypatch.setattr(Nursery, "hide", lambda self, plant, names, rng: case)
+    garden = Garden()
+    grower, plant = ComponentNursery(garden, Settings(), print), Plant(lesson, ("d",))
+    assert grower.hide(plant, [], None) is case
+    garden.reach = 0.3
+    assert grower.hide(plant, [], None) is None
 
 
 def test_the_methods_are_asked_about_feed_forward_modules(bed: Bed, session: Any) -> None:
