@@ -140,21 +140,10 @@ def trace_race(
     places = tuple(range(subject[0], subject[1] + 1))
     noise = 3 * float(model.embedding.weight.std()) * numbers(samples, len(places), LLAMA["hidden_size"])
     grid = Grid(("hidden",), len(model.blocks), tokens, places[0], 1)
-    seconds, each, error = [], [], 0.0
     first = [places[0] + i * 37 % (tokens - places[0]) for i in range(SAMPLED)]
     chosen = [(token, i * 7 % grid.layers) for i, token in enumerate(first)]
     with torch.no_grad():
-        naive_trace_cell(model, ids, places, noise, chosen[0])  # nobody pays for the first call
-        for turn in range(repeats):
-            one, (answer, found) = _median(lambda _: trace_map(model, ids, places, noise, grid), [turn])
-            seconds.append(one)
-            for token, layer in chosen[turn::repeats]:
-                one, logits = _median(
-                    lambda cell: naive_trace_cell(model, ids, places, noise, cell), [(token, layer)]
-                )
-                each.append(one)
-                found_here = found[:, layer, token]
-                error = max(error, float((logits.softmax(-1)[:, answer] - found_here).abs().max()))
+        seconds, each, error = _trace_times((model, ids, places, noise), grid, chosen, repeats)
     cells, quick = len(grid.cells()), sorted(seconds)[len(seconds) // 2]
     naive = sorted(each)[len(each) // 2] * cells
     return {
@@ -168,6 +157,23 @@ def trace_race(
         f"{repeats} whole traces; naive: {cells} cells times the median of {SAMPLED}, each a whole forward "
         "of the clean prompt and all samples",
     }
+
+
+def _trace_times(
+    case: tuple, grid: Any, chosen: list[tuple[int, int]], repeats: int
+) -> tuple[list[float], list[float], float]:
+    """(seconds of whole traces, seconds of the chosen cells the naive way, largest difference), in turn."""
+    seconds, each, error = [], [], 0.0
+    naive_trace_cell(*case, chosen[0])  # nobody pays for the first call
+    for turn in range(repeats):
+        one, (answer, found) = _median(lambda _: trace_map(*case, grid), [turn])
+        seconds.append(one)
+        for token, layer in chosen[turn::repeats]:
+            one, logits = _median(lambda cell: naive_trace_cell(*case, cell), [(token, layer)])
+            each.append(one)
+            change = logits.softmax(-1)[:, answer] - found[:, layer, token]
+            error = max(error, float(change.abs().max()))
+    return seconds, each, error
 
 
 def trace_map(model: Any, ids: list[int], places: tuple[int, ...], noise: Any, grid: Any) -> tuple[int, Any]:

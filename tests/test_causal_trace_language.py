@@ -77,7 +77,7 @@ def truth(model: Any, kinds: tuple[str, ...], width: int, result: Result) -> np.
     layers = range(len(model.blocks))
     every = list(itertools.product(kinds, layers, range(corrupted[0], len(ids))))
     picked = np.random.default_rng(len(every) + width).permutation(len(every))[:12]
-    cells = [(kinds[0], 0, 0), *(every[i] for i in picked), (kinds[-1], 1, len(ids) - 1)]
+    cells = [(kinds[0], 0, 0), *(every[i] for i in picked), (kinds[-1], len(layers) // 3, len(ids) - 1)]
     clean, base, restored = naive.naive_trace(model, ids, answer, corrupted, noise, cells, width)
     found = result.arrays["restored_samples"].values
     mine = np.stack([found[:, kinds.index(k), m, t] for k, m, t in cells])
@@ -105,6 +105,22 @@ def test_every_cell_equals_whole_forwards(family: str) -> None:
 def test_windows_of_every_width(width: int) -> None:
     result = trace(small("phi"), kinds="attention,mlp", window=width)
     assert truth(small("phi"), ("attention", "mlp"), width, result) < 1e-6
+
+
+@pytest.mark.parametrize("subject", ("Lyon", "by", "Lyon is a town of France, by"))
+@pytest.mark.parametrize("family", ("gpt2", "qwen3"))
+def test_subjects_at_either_end(family: str, subject: str) -> None:
+    kinds = ("hidden", "attention", "mlp")
+    result = trace(small(family), subject=subject, window=2)
+    assert truth(small(family), kinds, 2, result) < 1e-6
+    assert (result.values["first_corrupted"] == 0) == subject.startswith("Lyon")
+
+
+def test_a_model_of_one_layer() -> None:
+    model, kinds = families.model("phi", num_hidden_layers=1), ("attention", "mlp", "hidden")
+    result = trace(model, kinds=",".join(kinds))
+    assert truth(model, kinds, 10, result) < 1e-6
+    assert (result.arrays["indirect_effect"].values[..., :-1] == 0).all()
 
 
 def test_blocks_of_gpt_neox_one_after_another() -> None:
@@ -376,6 +392,21 @@ def test_blocks_put_together_otherwise_are_refused(monkeypatch: pytest.MonkeyPat
         runs.blocks.norms[1] = first, second, True
         with pytest.raises(StudioError, match="its blocks are put together in another way"):
             runs.check()
+
+
+def test_a_run_from_the_command_line_to_the_store(session: Any) -> None:
+    """The contract's arrays, through the same door as every face of the method."""
+    given = {"prompt": "The capital of Arvonia is", "context": CONTEXT, "subject": "Arvonia"}
+    recipe = Recipe("trace-language", str(families.saved("qwen2")), given, {"samples": 3, "corrupt": "all"})
+    run = session.run(recipe, fresh=True)
+    arrays, tokens = run.result.arrays, len(families.model("qwen2").encode(given["prompt"], CONTEXT))
+    place = ("kind", "layer", "token")
+    assert arrays["clean"].axes == () and arrays["corrupted"].axes[0].name == "sample"
+    for name in ("restored", "indirect_effect", "indirect_effect_sem"):
+        assert tuple(a.name for a in arrays[name].axes) == place
+        assert arrays[name].values.shape == (3, 3, tokens) and arrays[name].values.dtype == np.float32
+    again = session.run(recipe, fresh=True).result.arrays
+    assert all(np.array_equal(again[n].values, a.values) for n, a in arrays.items())
 
 
 def test_the_race_compares_the_same_cells(monkeypatch: pytest.MonkeyPatch) -> None:
