@@ -136,7 +136,7 @@ def _run(result: Any) -> Any:
 
 
 def test_later_sources_leave_the_group_itself_alone(session: Any) -> None:
-    """The last token has no later one: nothing is cut. A group up to the last token is like the last source."""
+    """The last token has no later one: nothing is cut. Up to the last token both sources are the same."""
     later, last = (cut(session, sources=s, groups=["question", "last"]) for s in ("later", "last"))
     np.testing.assert_allclose(later.arrays["relative_change"].at("group", "last").values, 0, atol=1e-5)
     values = [r.arrays["knocked_out"].at("group", "question").values for r in (later, last)]

@@ -248,6 +248,9 @@ def test_an_answer_is_its_first_token_that_says_something(family: str) -> None:
     token, warning = model.answer_id("Brell")
     assert model.word(token) == "Brell" and not model.is_blank(token)
     assert ("bare space" in warning) == (family in lf.SPACED)
+    assert model.is_blank(1) and not model.is_blank(2)  # <s>, </s>
+    newline = model.tokenizer("\n", add_special_tokens=False)["input_ids"][-1]
+    assert not model.is_blank(newline) and model.word(newline) == "↵"
     for nothing in ("", "  "):
         with pytest.raises(RequestError, match="has no token that says anything"):
             model.answer_id(nothing)

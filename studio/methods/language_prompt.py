@@ -137,7 +137,7 @@ def _start_token(model: Any, prompt: Any) -> tuple[int, ...]:
 
 def pick_answer(model: Any, logits: Any, asked: Asked, report: Report) -> Answer:
     """The token to measure from the clean logits (vocabulary): the first of --answer, or the model's own. A
-    bare space or a special token is passed over, and an answer that isn't the model's own is said."""
+    bare space or the start token is passed over, and an answer that isn't the model's own is said."""
     order = logits.argsort(descending=True).tolist()
     own = next(token for token in order if not model.is_blank(token))
     chosen = own
@@ -152,7 +152,7 @@ def pick_answer(model: Any, logits: Any, asked: Asked, report: Report) -> Answer
             )
     elif own != order[0]:
         report.warn(
-            f"The model's most probable next token is a bare space or a special token; {model.word(own)!r} "
+            f"The model's most probable next token is a bare space or the start token; {model.word(own)!r} "
             "after it is measured."
         )
     probability = float(logits.softmax(-1)[chosen])

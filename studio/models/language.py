@@ -185,7 +185,7 @@ class LanguageModel:
 
     def answer_id(self, text: str) -> tuple[int, str]:
         """(the answer's first token, a warning or ""). The answer is tokenized with a leading space; a bare
-        space or a special token at its start is passed over. RequestError for an answer without a token."""
+        space or the start token at its start is passed over. RequestError for an answer without a token."""
         ids = self.tokenizer(" " + text.strip(), add_special_tokens=False, verbose=False)["input_ids"]
         kept = [i for i in ids if not self.is_blank(i)]
         if not text.strip() or not kept:
@@ -195,11 +195,11 @@ class LanguageModel:
         return kept[0], said if skipped else ""
 
     def is_blank(self, token: int) -> bool:
-        """Whether a token is white space alone, or special."""
-        if token in self.tokenizer.all_special_ids:
+        """Whether a token is a bare space or the start token."""
+        if token == self.tokenizer.bos_token_id:
             return True
         name = self.tokenizer.convert_ids_to_tokens(token) or ""
-        return not name.replace("▁", " ").strip() or not self.tokenizer.decode([token]).strip()
+        return not name.replace("▁", " ").strip(" ") or not self.tokenizer.decode([token]).strip(" ")
 
     def word(self, token: int) -> str:
         """A token as people read it."""
