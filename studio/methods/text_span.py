@@ -100,11 +100,11 @@ def greedy_span(
     kept = int((sizes > NOTHING * sizes[-1]).sum())
     kept = kept if rank is None else min(kept, rank)
     main = directions[:, ::-1][:, :kept]
-    alone = np.einsum("kq,qp,kp->k", inside, spread, inside) / variance
+    alone = ((inside @ spread) * inside).sum(1) / variance
     spread, left = main.T @ spread @ main, inside @ main
     picks, shares = [], []
     while len(picks) < min(length, kept):
-        found = np.einsum("kq,qp,kp->k", left, spread, left)
+        found = ((left @ spread) * left).sum(1)
         best = int(found.argmax())
         if found[best] <= NOTHING * variance:
             break
