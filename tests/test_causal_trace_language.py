@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +25,15 @@ from tests.references import naive_trace_language as naive
 
 PROMPT, SUBJECT = "Lyon is a town of France, by", "a town"
 CONTEXT = "Brell bakes bread. Arvonia is by Brell."
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Threads of a small model wait for one another on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Report:
