@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,7 @@ class _Decompose:
         self.aligner, self.directions = self._space(scorer)
         self._check_size()
         self.way = self._token_way()
+        self.question = self._question() if self.way == "closed form" else None
         self.done: list[dict[str, np.ndarray]] = []
         self.labels: tuple[str, ...] = ()
         self.error, self.told = 0.0, 0
@@ -238,7 +240,7 @@ class _Decompose:
             if note:
                 self.report.warn(note)
         pixels = self.model.pixels(images)
-        parts = self.whole.run(pixels, self._question() if self.way == "closed form" else None)
+        parts = self.whole.run(pixels, self.question)
         self._check_sum(parts)
         found = parts.components if self.aligner is None else self.aligner.components(parts)
         found = merged(found) if self.params.granularity == "layer" else found
@@ -268,9 +270,8 @@ class _Decompose:
         heads = frozenset(self.params.heads) if self.params.heads else None
         if self.aligner is None:
             return TokenQuestion(self.whole.along(self.directions), heads)
-        return TokenQuestion(
-            lambda part: self.aligner.head_directions(self.whole, part, self.directions), heads
-        )
+        found = partial(self.aligner.head_directions, self.whole, texts=self.directions)
+        return TokenQuestion(cache(found), heads)
 
     def _adjoint(self, pixels: Any) -> Any:
         """Scores of key tokens by backwards; with an aligner every head has directions of its own."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -74,7 +74,7 @@ class Decomposition:
     def along(self, directions: torch.Tensor) -> Callable[[Attention], torch.Tensor]:
         """Directions (K, dim) of the representation, folded into each head's output matrix."""
         folded = self.maps[0][0] @ directions.T
-        return lambda part: head_matrix(part) @ folded
+        return cache(lambda part: head_matrix(part) @ folded)
 
     @torch.no_grad()
     def run(self, pixels: torch.Tensor, tokens: TokenQuestion | None = None) -> Parts:
@@ -105,6 +105,7 @@ class _Pass:
         self.seen: dict[nn.Module, torch.Tensor] = {}
         self.kept: dict[int, torch.Tensor] = {}  # by number of the part; -1 is the embedding
         self.known: torch.Tensor | None = None
+        self.single: int | None = None  # the only token that is pooled
         self.sources: dict[int, dict[nn.Module, torch.Tensor]] = {}
         self.scores: torch.Tensor | None = None
         self.by_head: list[torch.Tensor] = []
@@ -149,6 +150,8 @@ class _Pass:
         x = x.movedim(1, -1) if self.layout.channels_first else x
         if x.ndim == 3:
             self.known = self.layout.path.known(x.shape[1], x)
+        if self.known is not None and int((self.known == 1).sum()) == 1 == int((self.known != 0).sum()):
+            self.single = int(self.known.argmax())
         self._keep(-1, x)
 
     def _heads(self, i: int, part: Attention, x: torch.Tensor) -> None:
@@ -161,8 +164,12 @@ class _Pass:
 
     def _keep(self, i: int, x: torch.Tensor) -> None:
         """The sum over tokens (N, 1, width) if the weights are known by now, else the tensor itself."""
-        known = self.known
-        self.kept[i] = x if known is None else known.to(x.dtype).transpose(1, 2) @ x
+        if self.known is None:
+            self.kept[i] = x
+        elif self.single is not None:
+            self.kept[i] = x[:, self.single : self.single + 1].clone()
+        else:
+            self.kept[i] = self.known.to(x.dtype).transpose(1, 2) @ x
 
     # ---- tokens -------------------------------------------------------------------------------------------
 
@@ -181,11 +188,10 @@ class _Pass:
             chosen = torch.tensor([name in asked for name in labels], device=matrix.device)
             matrix = matrix * chosen[:, None, None]
         if self.question.keep:
-            self.by_head.append(torch.einsum("nthe,hek->hntk", values, matrix))
-            added = self.by_head[-1].sum(0)
-        else:
-            added = values.flatten(2) @ matrix.flatten(0, 1)
-        self.scores = added if self.scores is None else self.scores + added
+            found = values.movedim(2, 0).flatten(1, 2) @ matrix  # (heads, N tokens, K)
+            self.by_head.append(found.unflatten(1, values.shape[:2]))
+        added = values.flatten(2) @ matrix.flatten(0, 1)
+        self.scores = added if self.scores is None else self.scores.add_(added)
 
     # ---- the end ------------------------------------------------------------------------------------------
 
