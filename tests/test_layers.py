@@ -15,7 +15,7 @@ TREE = Path(__file__).resolve().parent.parent
 LEVELS = {
     **dict.fromkeys(("studio.types", "studio.errors"), 0),
     **dict.fromkeys(("studio.registry", "studio.measure", "studio.figures"), 1),
-    **dict.fromkeys(("studio.store", "studio.exports", "studio.images"), 1),
+    **dict.fromkeys(("studio.store", "studio.exports", "studio.images", "studio.uploads"), 1),
     "studio.models": 2,
     **dict.fromkeys(("studio.edits", "studio.edit_files", "studio.edit_export", "studio.solver_race"), 3),
     "studio.vision_race": 3,
@@ -41,8 +41,8 @@ LEVELS = {
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.options", "launch"), 8),
 }
-WRITING = ("store", "exports", "bench")
-WITHOUT_TORCH = ("images", "types", "errors", "registry", "figures", "store", "exports", "measure")
+WRITING = ("store", "exports", "uploads", "bench")
+WITHOUT_TORCH = ("images", "types", "errors", "registry", "figures", "store", "exports", "uploads", "measure")
 
 # (file, what is done there): why it may be.
 EXCEPTIONS = {
@@ -155,9 +155,7 @@ def hooks(path: str, code: ast.Module, tree: Path) -> Iterator[str]:
 
 def writes(path: str, code: ast.Module, tree: Path) -> Iterator[str]:
     """Writing outside the store, what it offers for download, the benchmark and the training of Atlas."""
-    if path in ("studio/store.py", "studio/exports.py", "studio/bench.py") or path.startswith(
-        "studio/atlas/"
-    ):
+    if path in {f"studio/{n}.py" for n in WRITING} or path.startswith("studio/atlas/"):
         return
     for name, call in calls(code):
         last = name.split(".")[-1]
