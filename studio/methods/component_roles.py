@@ -69,7 +69,7 @@ def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:
 
 
 def read_features(given: Sequence[str]) -> dict[str, Groups]:
-    """{name: its texts, each alone in its group} of NAME: TEXT | TEXT; without a colon a text names itself."""
+    """{name: its texts, each alone in its group} of NAME: TEXT | TEXT; without a colon a text is its name."""
     found: dict[str, Groups] = {}
     for line in given:
         name, colon, rest = line.partition(":")

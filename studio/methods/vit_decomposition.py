@@ -284,7 +284,8 @@ class _Decompose:
         questions = [(self.directions, asked)]
         if self.aligner is not None:
             names = heads or [n for n in self.whole.labels if ".head." in n]
-            questions = [(self.directions @ self.aligner.matrix(n)[0].T, frozenset([n])) for n in names]
+            maps = {n: self.aligner.vector_matrix(self.whole, n) for n in names}
+            questions = [(self.directions @ m.T, frozenset([n])) for n, m in maps.items()]
         total: Any = 0
         for directions, chosen in questions:
             found = adjoint_scores(layout, pixels, directions, chosen)

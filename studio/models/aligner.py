@@ -55,9 +55,18 @@ class Aligner:
         found = {}
         for label, vector in parts.components.items():
             matrix, outputs = self.matrix(label)
-            found[label] = (parts.outputs[label] if outputs else vector) @ matrix
+            found[label] = (parts.outputs.get(label, vector) if outputs else vector) @ matrix
         found[BIAS] = self.bias.expand(len(parts.representation), -1)
         return found
+
+    def vector_matrix(self, whole: Decomposition, label: str) -> torch.Tensor:
+        """What a head's vector is multiplied by (dim, clip dim), also where the file reads its outputs."""
+        matrix, outputs = self.matrix(label)
+        for part in whole.layout.attentions if outputs else ():
+            if label in head_labels(part) and len(whole.maps[part.stage]) == 1:
+                head = head_matrix(part)[head_labels(part).index(label)]
+                return torch.linalg.pinv((head @ whole.maps[part.stage][0]).double()).float() @ matrix
+        return matrix
 
     def head_directions(self, whole: Decomposition, part: Attention, texts: torch.Tensor) -> torch.Tensor:
         """(heads, head size, K): a head's output times this is its score along unit texts (K, clip dim)."""
