@@ -40,7 +40,7 @@ def row_weights(
     without float64."""
     exact = _exact(query.device)
     heads = query.to(exact).unflatten(0, (len(key), -1)) * scaling
-    scores = heads @ key.to(exact).transpose(1, 2)
+    scores = torch.stack([h @ k.to(exact).T for h, k in zip(heads, key, strict=True)])
     seen = visible(mask, 1, key.shape[1], query.device).reshape(-1)
     return scores.masked_fill(~seen, -torch.inf).softmax(-1).flatten(0, 1)
 
