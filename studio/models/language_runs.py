@@ -99,9 +99,9 @@ class Blocks:
         raise StudioError(f"{self.model.id}'s attention does not ask our function; take another model.")
 
     def _chunks(self, rows: int) -> Iterator[tuple[int, int]]:
-        """(first, last) of so many rows as the processor's cache holds."""
-        size = _CACHED if self.model.device.type == "cpu" else rows
-        return ((a, min(a + size, rows)) for a in range(0, rows, max(1, size)))
+        """(first, last) of rows in equal parts, each at most what a processor's cache holds."""
+        parts = -(-rows // _CACHED) if self.model.device.type == "cpu" else 1
+        return ((rows * i // parts, rows * (i + 1) // parts) for i in range(parts))
 
     def out(self, layer: int, z: Tensor) -> Tensor:
         """What attention adds to the residual stream (rows, D), from its heads' outputs (rows, H * d)."""
