@@ -70,7 +70,9 @@ def form() -> dict[str, Any]:
         for name, (f, kind) in known.items():
             if name not in found:
                 found[name] = widgets.widget("retrieval", name, f, kind, visible=name in mine)
-    gr.Examples(examples(), [found[n] for n in TEXTS], label="Examples", elem_id="retrieval-examples")
+    rows, filled = examples(), [found[n] for n in TEXTS]
+    named = [f"{row[1]} …" for row in rows]
+    gr.Examples(rows, filled, label="Examples", elem_id="retrieval-examples", example_labels=named)
     return found
 
 
@@ -108,7 +110,7 @@ def outputs() -> dict[str, Any]:
         with gr.Tab("Table", id="table"):
             out["table"] = widgets.table("retrieval")
         with gr.Tab("What this shows, and what it cannot", id="help"):
-            pages = ("context-use",)
+            pages = ("contributions", "knockout", "context-use", "trace-language")
             gr.Markdown("\n\n".join(map(widgets.page, pages)), elem_id="retrieval-help")
     with gr.Column(elem_id="retrieval-detail"):
         out["text"] = widgets.line(ASK, "retrieval-detail-text", lines=2)

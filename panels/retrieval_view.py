@@ -34,12 +34,13 @@ def _cuts(result: Result) -> Figure:
     change = result.arrays["relative_change"]
     layers, groups = change.axis("layer").labels, change.axis("group").labels
     sources = change.axis("source").labels if change.axes[0].name == "source" else ("",)
-    rows = [f"{g} from {SOURCES[s]}" if s else g for s in sources for g in groups]
+    rows = [f"{g} ({s})" if s else g for s in sources for g in groups]
+    told = [f"{g} from {SOURCES[s]}" if s else g for s in sources for g in groups]
     data = {
         "rows": rows,
         "cols": list(layers),
         "values": change.values.reshape(len(rows), len(layers)),
-        "names": [[f"{row}, layers around {layer}" for layer in layers] for row in rows],
+        "names": [[f"{row}, layers around {layer}" for layer in layers] for row in told],
         "unit": "relative change",
     }
     caption = str(result.values.get("verdict") or result.values.get("finding") or "")

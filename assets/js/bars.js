@@ -60,6 +60,6 @@ root.addEventListener('keydown', e => {
   else return;
   e.preventDefault();
 });
-watch('value', draw);
+watch('value', () => { said.textContent = ''; draw(); });
 onWidth(draw);
 draw();

@@ -66,5 +66,5 @@ root.addEventListener('keydown', e => {
   else return;
   e.preventDefault();
 });
-watch('value', draw);
+watch('value', () => { said.textContent = ''; from = null; draw(); });
 draw();

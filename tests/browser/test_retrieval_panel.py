@@ -70,12 +70,12 @@ def test_words_selected_in_the_strip_become_the_attribute(visit: Visit) -> None:
     fill(page, "prompt", "The capital of Arvonia is")
     fill(page, "subject", "Arvonia")
     page.keyboard.press("Tab")
-    page.wait_for_selector("#retrieval-strip .token >> text=Wend")
+    page.wait_for_selector("#retrieval-strip .token:has-text('Wend')")
     page.locator("#retrieval-strip .token", has_text="Wend").dblclick()
     page.wait_for_function(
         "document.querySelector('#retrieval-attribute textarea, #retrieval-attribute input').value === 'Wend'"
     )
-    page.wait_for_selector("#retrieval-strip .role-attribute >> text=Wend")
+    page.wait_for_selector("#retrieval-strip .role-attribute:has-text('Wend')")
 
 
 def test_a_context_is_found_in_passages(visit: Visit) -> None:
