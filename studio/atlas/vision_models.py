@@ -30,12 +30,14 @@ LABELS = tuple(f"{name}: {value}" for name, values in ATTRIBUTES.items() for val
 
 @dataclass(frozen=True)
 class VisionRecipe:
-    """One image model: timm's architecture and its arguments, whether labels teach it, and what it is."""
+    """One image model: timm's architecture and its arguments, whether labels teach it, what it is, and
+    whether it trains faster in bfloat16 (on a CPU, convolutions by depth do not)."""
 
     architecture: str
     args: Mapping[str, Any]
     supervised: bool
     what: str
+    bfloat16: bool = True
 
 
 _STEM = "vit_tiny_r_s16_p8_224"  # timm's ViT with a 7 x 7 convolution and a pool before the patches
@@ -82,6 +84,7 @@ RECIPES: Mapping[str, VisionRecipe] = {
         True,
         "A supervised MaxViT of the Atlas world: three stages of one, one and two blocks (convolution, "
         "window attention, grid attention). The head's 30 logits are the values of the five attributes.",
+        bfloat16=False,
     ),
 }
 
@@ -167,12 +170,13 @@ def train_vision(
     rng, net, supervised = np.random.default_rng(), make_net(name), RECIPES[name].supervised
     if start is not None:
         net.load_state_dict(start.state_dict())
-    module = (net if supervised else Painter(net)).to(device)
+    module = (net if supervised else Painter(net)).to(device, memory_format=torch.channels_last)
 
     def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
         scenes = draw_scenes(batch, rng, emblems=0)
         x = noisy(pixels(render(scenes))).to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=RECIPES[name].bfloat16):
             if supervised:
                 parts = attribute_losses(net(x), torch.from_numpy(scenes.labels()).to(device))
             else:
@@ -185,7 +189,8 @@ def train_vision(
         module, loss, minutes=minutes, lr=lr, checkpoint=checkpoint, decay=0.995, warmup=150,
         weight_decay=0.03,
     )  # fmt: skip
-    return net.cpu().eval(), {**done, "pictures": done["steps"] * batch}
+    net = net.to("cpu", memory_format=torch.contiguous_format).eval()
+    return net, {**done, "pictures": done["steps"] * batch}
 
 
 def save_vision(name: str, net: nn.Module, folder: Path) -> None:
