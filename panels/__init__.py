@@ -8,10 +8,10 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by gradio at import: no
 
 import gradio as gr
 
-from panels import edit, localize, retrieval, trace
+from panels import decompose, edit, localize, retrieval, trace
 from studio.session import Session
 
-PANELS = (trace, localize, edit, retrieval)
+PANELS = (trace, localize, edit, decompose, retrieval)
 
 
 def build(session: Session) -> gr.Blocks:

@@ -67,9 +67,10 @@ def widget(
     return gr.Textbox(value="\n".join(value or ()), lines=2, max_lines=8, **common)
 
 
-def model_choice(panel: str, family: str, default: str) -> gr.Dropdown:
-    """Which model: a name of the catalogue, or a path or hub id typed in."""
-    names = [(f"{e.name} — {e.note}", e.name) for e in CATALOG.values() if e.family == family]
+def model_choice(panel: str, families: str | tuple[str, ...], default: str) -> gr.Dropdown:
+    """Which model: a name of the catalogue of a family (or several), or a path or hub id typed in."""
+    asked = (families,) if isinstance(families, str) else families
+    names = [(f"{e.name} — {e.note}", e.name) for e in CATALOG.values() if e.family in asked]
     return gr.Dropdown(
         choices=names,
         value=default,

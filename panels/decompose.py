@@ -1,0 +1,397 @@
+"""The Decompose panel: what each part of a vision transformer adds to what the model sees in images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from panels import bars, decompose_form, decompose_view, decompose_without, heatmap, widgets
+from panels import decompose_images as pictured
+from panels.decompose_form import HINT, TRIES
+from panels.decompose_view import ASK
+from panels.running import QUIET, STREAM, Running
+from studio.errors import RequestError
+from studio.jobs import Job
+from studio.methods.vit_decomposition import HEAD
+from studio.methods.word_maps import overlay
+from studio.registry import find_method
+from studio.session import Session
+from studio.types import Recipe, Result
+
+TITLE = "Decompose"
+NEEDS = "components"
+QUESTION = "Which parts of a vision transformer see what, and what happens without them?"
+_PRESS = "() => document.querySelector('#decompose-run').click()"
+
+
+def build(session: Session) -> None:
+    """Builds the panel inside the present Blocks."""
+    gr.HTML(f"<p class='question'>{QUESTION}</p>", padding=False)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            form = decompose_form.form()
+        with gr.Column(scale=5, min_width=320):
+            out = decompose_form.outputs()
+    _Panel("decompose", session, form, out).wire()
+
+
+class _Panel(Running):
+    """The panel's handlers."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.kept_images = widgets.kept_in_browser("locus-decompose-images")
+        shared = ("images", "method", "model", "granularity")
+        self.switched = [c for c in self.form if c not in shared and self.form[c] in self.named]
+
+    # ---- wiring -------------------------------------------------------------------------------------------
+
+    def wire(self) -> None:
+        """Connects everything."""
+        form, out = self.form, self.out
+        started, _ = self.wire_run()
+        self._wire_images()
+        form["method"].change(
+            self.switch, form["method"], [form[n] for n in (*self.switched, "granularity")], **QUIET
+        )
+        often = dict(trigger_mode="multiple", **QUIET)
+        seen = [out[n] for n in ("figure", "texts", "answers", "table", "detail", "each", "extremes")]
+        place = [self.state, out["text"], out["shown"], self.cell]
+        out["text"].input(widgets.guarded(self.show), place, seen, **often)
+        picked = form["gallery"].select(
+            widgets.guarded(self.pick_image), [self.state, form["images"]], [out["shown"], out["by"]], **often
+        )
+        mean = form["mean"].click(lambda: "", None, out["shown"], **often)
+        for event in (picked, mean):
+            event.then(widgets.guarded(self.show), place, seen, **often)
+        clicked = [self.cell, out["text"], out["chosen"]]
+        for name in ("figure", "texts"):
+            event = out[name].select(
+                widgets.guarded(getattr(self, f"click_{name}")),
+                [self.state, out["text"], out["chosen"]],
+                clicked,
+                **often,
+            )
+            event = event.then(widgets.guarded(self.show), place, seen, **often)
+            event.then(self.look, place, [out["where"], out["spread"]], **STREAM)
+        chosen = [self.state, out["chosen"], out["text"], out["shown"], out["by"], out["csv"]]
+        told = [out[n] for n in ("change", "before", "groups", "order-said", "order")]
+        again = [out["chosen"].change, out["by"].input, out["csv"].change, out["text"].input]
+        gr.on([*again, out["shown"].change], self.recount, chosen, told, trigger_mode="always_last", **QUIET)
+        started.then(self.recount, chosen, told, **QUIET)
+        self._wire_truly()
+
+    def _wire_images(self) -> None:
+        form = self.form
+        here = [form["images"], form["gallery"], form["said"], self.kept_images]
+        for name in ("files", "folder", "pasted"):
+            one = name == "pasted"
+            outputs = [*here, form["pasted"]] if one else here
+            form[name].upload(
+                self.take_one if one else self.take, [form[name], form["images"]], outputs, **STREAM
+            )
+        form["clear"].click(lambda: self.set_images("", "Choose images."), None, here, **QUIET)
+        for name, (texts, model) in TRIES.items():
+            done = form[f"try-{name}"].click(
+                lambda texts=texts, model=model: [
+                    *self.set_images(pictured.EXAMPLES, "Ten example images."),
+                    "\n".join(texts),
+                    model,
+                    "decompose",
+                ],
+                None,
+                [*here, form["texts"], form["model"], form["method"]],
+                **QUIET,
+            )
+            done.then(None, None, None, js=_PRESS)
+        page = gr.context.Context.root_block
+        page.load(self.reloaded, self.kept_images, here[:3], **QUIET)
+        tab = gr.context.Context.block
+        if isinstance(tab, gr.Tab):
+            tab.select(self.warm, form["model"], None, **STREAM)
+
+    def _wire_truly(self) -> None:
+        """The true ablation is a view of its own; the chosen components go there."""
+        form, out = self.form, self.out
+        if "components" not in form:
+            return
+        moved = out["truly"].click(
+            lambda chosen: ["\n".join(chosen or []), "ablate-components"],
+            out["chosen"],
+            [form["components"], form["method"]],
+            **QUIET,
+        )
+        moved.then(None, None, None, js=_PRESS)
+
+    def switch(self, name: str) -> list[Any]:
+        """Another view was chosen: its own knobs show."""
+        chosen = find_method(name)
+        mine = {
+            widgets.own(n, chosen) if widgets.own(n, chosen) in self.form else n
+            for n in widgets.knobs([chosen])
+        }
+        return [gr.update(visible=knob in mine) for knob in (*self.switched, "granularity")]
+
+    def warm(self, model: str) -> None:
+        """The tab was opened: its model is loaded meanwhile, so that the first run starts at once."""
+        try:
+            self.session.call(model, lambda m: None, user="warm-up", kind="vision")
+        except Exception:  # a run says what is wrong
+            return
+
+    # ---- the request --------------------------------------------------------------------------------------
+
+    def recipe(self, given: dict[str, Any]) -> Recipe:
+        """The recipe that the inputs describe."""
+        method = find_method(given["method"])
+        asked = widgets.asked(method, given)
+        asked["images"] = [str(pictured.folder_of(self.session, given["images"]))]
+        if method.name == "decompose":
+            asked["heads"] = None
+        model = (given["model"] or "").strip()
+        return Recipe(method.name, model, decompose_form.space(model, asked), {}, ())
+
+    # ---- images -------------------------------------------------------------------------------------------
+
+    def set_images(self, set_id: str, said: str) -> list[Any]:
+        """Another set of images: id, thumbnails, sentence, and what the browser keeps."""
+        shown = pictured.gallery(self.session, set_id) if set_id else []
+        if len(shown) == pictured.MOST_SHOWN:
+            said += f" The first {pictured.MOST_SHOWN} are shown."
+        return [set_id, gr.update(value=shown), said, {"images": set_id}]
+
+    def take(self, files: list[str] | None, set_id: str) -> Any:
+        """Files or a folder were uploaded."""
+        try:
+            return self.set_images(*pictured.added(self.session, set_id, files or []))
+        except Exception as error:
+            return [gr.skip(), gr.skip(), widgets.spoken(error), gr.skip()]
+
+    def take_one(self, file: str | None, set_id: str) -> Any:
+        """An image was dropped or pasted; its field is empty again."""
+        return [*self.take([file] if file else [], set_id), None]
+
+    def reloaded(self, kept: dict | None) -> list[Any]:
+        """The page is there: the images that this browser had, else the examples."""
+        set_id = kept.get("images") if isinstance(kept, dict) else None
+        try:
+            count = len(pictured.files_of(self.session, set_id))
+            return self.set_images(set_id, f"{count} image{'s' if count > 1 else ''}.")[:3]
+        except RequestError:
+            return self.set_images(pictured.EXAMPLES, "Ten example images.")[:3]
+
+    def pick_image(self, event: gr.SelectData, kept: dict | None, set_id: str) -> list[Any]:
+        """A thumbnail was clicked: its name in the run on screen."""
+        files = pictured.files_of(self.session, set_id)
+        if not isinstance(event.index, int) or not 0 <= event.index < len(files):
+            raise RequestError("That is none of the images.")
+        recipe, _ = self.measured(kept)
+        mine = pictured.by_label(recipe.inputs["images"])
+        for label, file in mine.items():
+            if file == files[event.index]:
+                return [label, gr.skip()]
+        raise RequestError("That image is not in the run on screen; press Run.")
+
+    # ---- results ------------------------------------------------------------------------------------------
+
+    def drawn(self, recipe: Recipe, result: Result, again: bool = False) -> dict[Any, Any]:
+        """Map, texts side by side, answers and tables."""
+        out = self.out
+        found = decompose_view.scores(result)
+        update: dict[Any, Any] = {}
+        if again and (rows := decompose_view.rows_of(recipe, result)):
+            update[out["rows"]] = gr.update(value={"headers": rows[0], "data": rows[1]}, visible=True)
+        if found is None:
+            hint = {"hint": "This view has a figure of its own, below."}
+            return update | {out["figure"]: hint, out["drawn"]: widgets.drawn_figure(recipe, result)}
+        update |= self.maps(result, None, "", again)
+        if again:
+            several = len(found.texts) > 1
+            update[out["text"]] = gr.update(choices=list(found.texts), value=found.texts[0], visible=several)
+            update[out["chosen"]] = gr.update(choices=list(found.components))
+        return update
+
+    def maps(self, result: Result, text: str | None, image: str, again: bool) -> dict[Any, Any]:
+        """The figures for a text and an image."""
+        out = self.out
+        figure = decompose_view.layer_map(result, text, image)
+        sides = decompose_view.texts_map(result, image)
+        cosines = decompose_view.answers(result, image)
+        return {
+            out["figure"]: heatmap.as_value(figure, again),
+            out["table"]: heatmap.as_table(sides or figure),
+            out["texts"]: heatmap.as_value(sides, again) if sides else {"hint": "Give two texts or more."},
+            out["answers"]: gr.update(value=bars.as_value(cosines, again), visible=True)
+            if cosines
+            else gr.update(visible=False),
+        }
+
+    def show(self, kept: dict | None, text: str | None, image: str, component: str | None) -> dict[Any, Any]:
+        """Another text, image or component was chosen."""
+        recipe, result = self.measured(kept)
+        update = self.maps(result, text or None, image, True)
+        if not component:
+            return update
+        each = decompose_view.component_bars(result, component, image)
+        top = decompose_view.extremes(result, component, text or None)
+        files = pictured.by_label(recipe.inputs["images"]) if top else {}
+        shown = [(files[name], f"{value:+.3f} {Path(name).stem}") for name, value in top if name in files]
+        thumbs = pictured.pictures(*zip(*shown, strict=True)) if shown else []
+        out = self.out
+        return update | {
+            out["detail"]: decompose_view.sentence(result, component, text or None, image),
+            out["each"]: gr.update(value=bars.as_value(each, True), visible=True),
+            out["extremes"]: gr.update(
+                value=thumbs, visible=bool(thumbs), label=f"Top and bottom images of {component}"
+            ),
+        }
+
+    def click_figure(
+        self, event: gr.EventData, kept: dict | None, text: str, chosen: list | None
+    ) -> list[Any]:
+        """A component was picked in the map."""
+        _, result = self.measured(kept)
+        shape = np.shape(decompose_view.layer_map(result).data["values"])
+        component = decompose_view.component_at(result, *heatmap.chosen(event, *shape))
+        return [component, gr.skip(), [*dict.fromkeys([*(chosen or []), component])]]
+
+    def click_texts(
+        self, event: gr.EventData, kept: dict | None, text: str, chosen: list | None
+    ) -> list[Any]:
+        """A component and a text were picked side by side."""
+        _, result = self.measured(kept)
+        figure = decompose_view.texts_map(result)
+        if figure is None:
+            raise RequestError("That is no cell of the map.")
+        row, col = heatmap.chosen(event, *np.shape(figure.data["values"]))
+        component = figure.data["rows"][row]
+        return [component, figure.data["cols"][col], [*dict.fromkeys([*(chosen or []), component])]]
+
+    def look(
+        self, request: gr.Request, kept: dict | None, text: str, image: str, component: str | None
+    ) -> list:
+        """Where in the image the clicked head looks: a quick run with its key tokens."""
+        try:
+            picture, said = self.token_map(str(request.session_hash), kept, text, image, component or "")
+        except Exception as error:
+            return [gr.update(visible=False), widgets.spoken(error)]
+        return [gr.update(value=picture, visible=picture is not None), said]
+
+    def token_map(
+        self, user: str, kept: dict | None, text: str, image: str, component: str
+    ) -> tuple[np.ndarray | None, str]:
+        """(the image as the model sees it with the head's scores over it, the sentence about them)."""
+        recipe, result = self.measured(kept)
+        if recipe.method != "decompose" or "scores" not in result.arrays:
+            return None, ""
+        if not HEAD.fullmatch(component):
+            return None, f"{component} has no map over the image; heads have."
+        text = text or result.arrays["scores"].axis("text").labels[0]
+        image = image or decompose_view.extremes(result, component, text)[0][0]
+        file = pictured.by_label(recipe.inputs["images"])[image]
+        params = {**recipe.params, "granularity": "token", "heads": [component]}
+        asked = Recipe("decompose", recipe.model, {"images": [str(file)], "texts": [text]}, params, ())
+        job = self.session.submit(asked, user=user, save=False)
+        while not job.over:
+            job.wait(job.version, 0.5)
+        if job.error:
+            raise job.error
+        tokens = job.run.result.arrays["token_scores"]
+        grid, others = decompose_view.token_grid(tokens.axis("token").labels, tokens.values[0, :, 0])
+        seen = self.session.call(recipe.model, lambda m: _seen(m, file), user=user, kind="vision")
+        heat = Image.fromarray(grid.astype(np.float32)).resize(seen.shape[1::-1], Image.Resampling.NEAREST)
+        said = decompose_view.token_sentence(component, text, grid, others)
+        return overlay(seen, np.asarray(heat)), f"{Path(image).stem}: {said}"
+
+    def recount(
+        self, kept: dict | None, chosen: list | None, text: str, image: str, by: str, groups: str | None
+    ) -> dict[Any, Any]:
+        """Answers without the chosen components, and the images in their order."""
+        out = self.out
+        gone = gr.update(visible=False)
+        update = {out[n]: gone for n in ("before", "groups", "order")}
+        try:
+            recipe, result = self.measured(kept)
+            update |= self.changed(result, list(chosen or []), groups)
+            update |= self.ordered(recipe, result, list(chosen or []), text, image, by)
+        except Exception as error:
+            said = widgets.spoken(error)
+            return (
+                {out["order-said"]: said}
+                | ({out["change"]: said} if out["change"] not in update else {})
+                | update
+            )
+        return update
+
+    def changed(self, result: Result, chosen: list[str], groups: str | None) -> dict[Any, Any]:
+        """Answers before and after, by image and by group."""
+        out = self.out
+        before, after = decompose_without.without(result, chosen)
+        said = decompose_without.told(chosen, before, after)
+        rows = decompose_without.answer_rows(result, before, after)
+        update: dict[Any, Any] = {out["before"]: gr.update(value=rows, visible=True)}
+        if groups:
+            try:
+                known = decompose_without.read_groups(Path(groups))
+                lines, about = decompose_without.group_rows(result, known, before, after)
+                update[out["groups"]] = gr.update(value=lines, visible=True)
+            except RequestError as error:
+                about = str(error)
+            said = f"{said} {about}"
+        return update | {out["change"]: said}
+
+    def ordered(
+        self, recipe: Recipe, result: Result, chosen: list[str], text: str, image: str, by: str
+    ) -> dict[Any, Any]:
+        """The run's images through the chosen components."""
+        if by == "image" and not image:
+            raise RequestError(
+                "Click an image in the gallery; the others come in the order of their likeness."
+            )
+        found = decompose_without.order(result, chosen, text, image if by == "image" else None)
+        files = pictured.by_label(recipe.inputs["images"])
+        shown = [(files[name], f"{value:+.3f} {Path(name).stem}") for name, value in found if name in files]
+        what = f"likeness to {Path(image).stem}" if by == "image" else f"“{text}”"
+        return {
+            self.out["order-said"]: f"{len(found)} images by {what} through {', '.join(chosen)}.",
+            self.out["order"]: gr.update(value=pictured.pictures(*zip(*shown, strict=True)), visible=True),
+        }
+
+    def cleared(self) -> dict[Any, Any]:
+        """Nothing of the last run stays."""
+        out = self.out
+        hidden = (
+            "text",
+            "answers",
+            "drawn",
+            "rows",
+            "each",
+            "where",
+            "extremes",
+            "before",
+            "groups",
+            "order",
+        )
+        gone = {out[n]: gr.update(visible=False) for n in hidden}
+        hint = {"hint": "The first numbers are on their way …"}
+        said = {out["table"]: "", out["detail"]: ASK, out["spread"]: "", out["shown"]: ""}
+        return {out["figure"]: hint, out["texts"]: hint, **said, **gone}
+
+    def empty(self) -> dict[Any, Any]:
+        """The hint of the start."""
+        return {self.out["figure"]: {"hint": HINT}, self.out["texts"]: {"hint": HINT}}
+
+    def ended(self, job: Job) -> dict[Any, Any]:
+        """The finding."""
+        return {self.out["detail"]: decompose_view.headline(job.run) or ASK}
+
+
+def _seen(model: Any, file: Path) -> np.ndarray:
+    """(H, W, 3) uint8: an image after the model's preprocessing, from its least value to its largest."""
+    pixels = model.pixels([pictured.read_image(file)[0]])[0].float().cpu().numpy()
+    spread = max(float(np.ptp(pixels)), 1e-12)
+    return ((pixels - pixels.min()) / spread * 255).round().astype(np.uint8).transpose(1, 2, 0)

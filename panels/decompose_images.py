@@ -1,0 +1,117 @@
+"""The images of the Decompose panel: uploaded, pasted, or examples; kept by the store, shown as thumbnails.
+
+A page holds only the id of its set: "examples", or one of studio.uploads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from studio.errors import RequestError, StudioError
+from studio.images import ENDINGS, image_files, labels, read_image
+from studio.models.catalog import ASSETS
+from studio.session import Session
+from studio.uploads import Uploads
+
+EXAMPLES = "examples"
+SIDE = 160  # pixels of a thumbnail
+MOST_SHOWN = 200
+MOST_TRIED = 500  # uploaded files that are opened at once; a run says what is wrong with others
+
+
+class Pasted(gr.Image):
+    """An image field that hands over the file as it came, whatever it holds."""
+
+    is_template = True  # for the page it is an Image
+
+    def preprocess(self, payload: object) -> str | None:
+        """The path of the uploaded file."""
+        return getattr(payload, "path", None)
+
+
+def folder_of(session: Session, set_id: str | None) -> Path:
+    """The folder of a set; RequestError when no images were chosen or they are gone."""
+    if not set_id:
+        raise RequestError("No images are given; choose some, or take an example.")
+    if set_id == EXAMPLES:
+        return ASSETS / "atlas" / "examples"
+    return Uploads(session.store).folder(set_id)
+
+
+def files_of(session: Session, set_id: str | None) -> list[Path]:
+    """The set's files in the order of a run."""
+    return image_files([str(folder_of(session, set_id))])[0]
+
+
+def added(session: Session, set_id: str | None, given: Sequence[str]) -> tuple[str, str]:
+    """(the id of a set with more images, a sentence about them). Examples are replaced, other sets grow.
+
+    RequestError when no image is among the files.
+    """
+    files = [Path(g) for g in given]
+    images = [f for f in files if f.suffix.lower() in ENDINGS]
+    left_out = [f"{f.name[:60]} is no image" for f in files if f not in images]
+    good = []
+    for n, file in enumerate(images):
+        fault = fault_of(file) if n < MOST_TRIED else ""
+        if fault:
+            left_out.append(fault)
+        else:
+            good.append(file)
+    if not good:
+        first = left_out[0].rstrip(".") if left_out else "nothing was given"
+        endings = ", ".join(sorted(ENDINGS))
+        raise RequestError(f"No image could be read: {first}. Images end in {endings}.")
+    before = [] if set_id in (None, "", EXAMPLES) else files_of(session, set_id)
+    found = Uploads(session.store).keep([*before, *good])
+    count = len(files_of(session, found))
+    said = f"{count} image{'s' if count > 1 else ''}."
+    if left_out:
+        said += f" Left out: {len(left_out)} ({left_out[0].rstrip('.')})."
+    return found, said
+
+
+def fault_of(file: Path) -> str:
+    """Why a file can't be used, without the folder it lies in; "" when it can."""
+    try:
+        read_image(file)
+    except StudioError as error:
+        return str(error).replace(str(file), file.name[:80])
+    return ""
+
+
+def thumbnail(pixels: np.ndarray) -> Image.Image:
+    """An image (H, W, 3) uint8 that is at most SIDE on a side."""
+    picture = Image.fromarray(pixels)
+    picture.thumbnail((SIDE, SIDE))
+    return picture
+
+
+def pictures(files: Sequence[Path], captions: Sequence[str]) -> list[tuple[Image.Image, str]]:
+    """Thumbnails with captions; a file that can't be read is grey."""
+    found = []
+    for file, caption in zip(files[:MOST_SHOWN], captions, strict=False):
+        try:
+            pixels = read_image(file)[0]
+        except StudioError:
+            pixels = np.full((64, 64, 3), 160, np.uint8)
+            caption = f"{caption} (can't be read)"
+        found.append((thumbnail(pixels), caption))
+    return found
+
+
+def gallery(session: Session, set_id: str | None) -> list[tuple[Image.Image, str]]:
+    """What the gallery shows of a set."""
+    files = files_of(session, set_id)
+    return pictures(files, [Path(n).stem for n in labels(files)])
+
+
+def by_label(given: Sequence[str]) -> dict[str, Path]:
+    """{label in a run: file} of a run's images."""
+    files = image_files(given)[0]
+    return dict(zip(labels(files), files, strict=True))
