@@ -44,8 +44,8 @@ class Params:
 
     clip: str = knob(REQUIRED, "CLIP into whose image space the components are mapped")
     blocks: int = knob(5, "last blocks whose heads and MLPs get a map of their own", low=1, high=1000)
-    steps: int = knob(600, "steps of Adam after the closed form; 0 leaves them out", low=0, high=10**6)
-    rate: float = knob(1e-3, "learning rate at the start", low=1e-7, high=1.0, advanced=True)
+    steps: int = knob(400, "steps of Adam after the closed form; 0 leaves them out", low=0, high=10**6)
+    rate: float = knob(3e-3, "learning rate at the start", low=1e-7, high=1.0, advanced=True)
     rows: int = knob(128, "images of one step", low=1, high=65536, advanced=True)
     ridge: float = knob(
         0.01, "lambda of the closed form, of the mean variance", low=0.0, high=1e3, advanced=True
@@ -182,7 +182,7 @@ class _Align:
         import torch
 
         from studio.models.aligner import note
-        from studio.models.alignment import HELD, planted_embeddings, random_maps, total_cosines
+        from studio.models.alignment import HELD, total_cosines
 
         x, z = torch.from_numpy(self.x), torch.from_numpy(self.z)
         seen = torch.arange(len(x)) % HELD != 0
@@ -192,23 +192,23 @@ class _Align:
         names = tuple(n for n, s in zip(self.names, seen, strict=True) if not s)
         arrays = {"cosines": Trace(cosines, (Axis("image", names),), "cosine")}
         if self.params.planted:
-            sizes = self.coordinates.sizes
-            truth = random_maps(sizes, z.shape[1], 2)
-            told, arrays["planted"] = self._planted(x, planted_embeddings(x, z, truth), truth, seen)
+            told, arrays["planted"] = self._planted(x, z, seen)
             values |= told
         params = {**asdict(self.params), **{k: v for k, v in values.items() if v is not None}}
         said = note(self.model.fingerprint, self.clip.fingerprint, "outputs", params)
         maps = end.maps.split(self.coordinates.sizes)
         return Result(arrays, values, made=Made(self.coordinates.matrices(maps, end.bias), said))
 
-    def _planted(self, x: Any, z: Any, truth: Any, seen: Any) -> tuple[dict[str, float], Trace]:
+    def _planted(self, x: Any, z: Any, seen: Any) -> tuple[dict[str, float], Trace]:
         from studio.models.aligner import REST
-        from studio.models.alignment import part_cosines, total_cosines
+        from studio.models.alignment import embeddings, part_cosines, planted_truth, total_cosines
 
         sizes = self.coordinates.sizes
+        truth = planted_truth(x[seen], z[seen], 2, sizes)
+        z = embeddings(truth, x)
         fit, end = self._fitted(x[seen], z[seen], "planted")
-        parts = part_cosines(end.maps, truth, x[~seen], sizes)
-        closed = part_cosines(fit.ridge().maps, truth, x[~seen], sizes)
+        parts = part_cosines(end.maps, truth.maps, x[~seen], sizes)
+        closed = part_cosines(fit.ridge().maps, truth.maps, x[~seen], sizes)
         told = {
             "planted_cosine": float(total_cosines(end, x[~seen], z[~seen]).mean()),
             "planted_part_cosine": float(parts.mean()),

@@ -31,9 +31,9 @@ class Settings:
 
     ridge: float = 0.01
     weight: float = 1.0
-    steps: int = 600
+    steps: int = 400
     batch: int = 128
-    rate: float = 1e-3
+    rate: float = 3e-3
     probes: int = 16
     seed: int = 0
 
@@ -204,10 +204,17 @@ def part_cosines(
     return np.array(found)
 
 
-def planted_embeddings(x: torch.Tensor, z: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
-    """(N, width) unit embeddings that the true maps make of these very coordinates, with a mean of the same
-    weight and direction as that of z."""
-    y = (x - x.mean(0)) @ truth
+def planted_truth(x: torch.Tensor, z: torch.Tensor, seed: int, sizes: Sequence[int]) -> State:
+    """Random isometries, and a bias that gives what they make of x a mean of the same weight and direction
+    as that of z."""
+    maps = random_maps(sizes, z.shape[1], seed)
+    y = (x - x.mean(0)) @ maps
     middle = z.mean(0)
     share = middle.norm() / (z - middle).square().sum(1).mean().sqrt().clamp(min=1e-6)
-    return normalize(y + normalize(middle, dim=0) * share * y.square().sum(1).mean().sqrt(), dim=1)
+    offset = normalize(middle, dim=0) * share * y.square().sum(1).mean().sqrt()
+    return State(maps, offset - x.mean(0) @ maps)
+
+
+def embeddings(state: State, x: torch.Tensor) -> torch.Tensor:
+    """(N, width) unit vectors that the maps make of coordinates x."""
+    return normalize(x @ state.maps + state.bias, dim=1)
