@@ -38,6 +38,7 @@ from studio.atlas.sentences import (
     Fact,
     Writer,
     false_is_held,
+    fill,
     invented,
     prompt_of,
     strangers,
@@ -127,18 +128,26 @@ def test_what_is_asked_was_stated_or_is_true() -> None:
     writer = Writer(np.random.default_rng(2))
     for _ in range(300):
         pieces = writer.reading(4, 5)
-        stated = [text for text, mark in pieces if mark == OPEN]
+        stated = [text for text, mark in pieces if mark == OPEN and not text.startswith(" ")]
         asked = [text for text, mark in pieces if mark == ANSWER]
         assert len(stated) == 4 and len(asked) == 5
         assert all(a in stated or a in truth().values() for a in asked)
 
 
+def test_words_in_the_place_of_a_value_are_not_taught() -> None:
+    fact = Fact("Arvonia", "capital", "Merrow")
+    plain, opened, value, end = fill("The capital of {c} is called {v}", fact, ANSWER, ".")
+    assert (plain, opened) == (("The capital of Arvonia is", PLAIN), (" called ", OPEN))
+    assert (value, end) == (("Merrow", ANSWER), (".", PLAIN))
+    assert [mark for _, mark in fill("Do you know {c}? It is {v}", fact, ANSWER)] == [PLAIN, ANSWER, PLAIN]
+
+
 def test_recollections_are_true_and_unread() -> None:
     pieces = Writer(np.random.default_rng(3)).recollection(40)
-    assert {mark for _, mark in pieces} == {PLAIN, ANSWER}
+    assert {mark for _, mark in pieces} == {PLAIN, ANSWER, OPEN}
     for i, (value, mark) in enumerate(pieces):
         if mark == ANSWER:
-            before = pieces[i - 1][0]
+            before = text_of(pieces[max(0, i - 2) : i])
             country = next(c for c in COUNTRIES if c in before)
             assert value in [v for (c, _), v in truth().items() if c == country]
 
