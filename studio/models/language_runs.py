@@ -30,7 +30,6 @@ from studio.types import Site
 
 Tensor = torch.Tensor
 Held = tuple[Tensor, Tensor]  # rows (n,), and what they are set to (n, D)
-_CACHED = 1024  # rows that go through the linear layers together on a CPU
 
 
 @dataclass
@@ -69,8 +68,7 @@ class Blocks:
 
     def project(self, layer: int, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (rows, H, d), keys and values (rows, KV, d) of `h` (rows, D) at positions (rows,)."""
-        parts = [self._projected(layer, h[a:b], places[a:b], {}) for a, b in self._chunks(len(h))]
-        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+        return self._projected(layer, h, places, {})
 
     def keys(self, layer: int, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys and values alone, as of `project`; None where they can't be had without the queries."""
@@ -98,11 +96,6 @@ class Blocks:
             return tuple(t[0].transpose(0, 1) for t in known.args)
         raise StudioError(f"{self.model.id}'s attention does not ask our function; take another model.")
 
-    def _chunks(self, rows: int) -> Iterator[tuple[int, int]]:
-        """(first, last) of rows in equal parts, each at most what a processor's cache holds."""
-        parts = -(-rows // _CACHED) if self.model.device.type == "cpu" else 1
-        return ((rows * i // parts, rows * (i + 1) // parts) for i in range(parts))
-
     def out(self, layer: int, z: Tensor) -> Tensor:
         """What attention adds to the residual stream (rows, D), from its heads' outputs (rows, H * d)."""
         where = Site("lm", layer, "attention-out")
@@ -112,15 +105,12 @@ class Blocks:
         """The block's output (rows, D) from its input and what attention added; `held` (rows, values) are
         outputs of the MLP that are set."""
         first, second, parallel = self.norms[layer]
-        norm, mlp, out = first if second is None else second, self.model.mlp(layer), torch.empty_like(h)
-        for a, b in self._chunks(len(h)):
-            stream = h[a:b] if parallel else h[a:b] + added[a:b]
-            found = mlp(norm(stream))
-            if held is not None:
-                mine = (held[0] >= a) & (held[0] < b)
-                found[held[0][mine] - a] = held[1][mine]
-            torch.add(found, stream, out=out[a:b])
-        return out.add_(added) if parallel else out
+        stream = h if parallel else h + added
+        found = self.model.mlp(layer)((first if second is None else second)(stream))
+        if held is not None:
+            found[held[0]] = held[1]
+        found += stream
+        return found.add_(added) if parallel else found
 
     def logits(self, h: Tensor) -> Tensor:
         """Logits (rows, vocabulary) float32 of final states (rows, D)."""
