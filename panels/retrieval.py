@@ -71,7 +71,7 @@ class _Panel(Running):
         coloured = [self.state, out["quantity"]]
         out["quantity"].input(widgets.guarded(self.recolour), coloured, out["strip"], **often)
         found = [form["context"], out["status"]]
-        passages = [form[n] for n in ("prompt", "passages", "files", "count")]
+        passages = [form[n] for n in ("prompt", "passages", "files", "folder", "count")]
         done = form["find"].click(self.find, passages, found, **QUIET)
         done.then(self.tokens, seen, out["strip"], **STREAM)
 
@@ -173,10 +173,12 @@ class _Panel(Running):
         recipe, result = self.measured(kept)
         return {self.out["text"]: retrieval_view.token_sentence(recipe, result, token, found.tokens[token])}
 
-    def find(self, prompt: str, passages: str, files: list[str] | None, count: float) -> dict:
+    def find(self, prompt: str, passages: str, files: list | None, folder: list | None, count: float) -> dict:
         """The best passages for the question become the context."""
         try:
-            texts = [("", passages)] + [(Path(f).name, _read(Path(f))) for f in files or []]
+            texts = [("", passages)] + [
+                (Path(f).name, _read(Path(f))) for f in [*(files or []), *(folder or [])]
+            ]
             found = retrieve(prompt, texts, int(count or 3))
         except Exception as error:
             return {self.out["status"]: widgets.spoken(error)}

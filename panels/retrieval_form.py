@@ -39,10 +39,8 @@ def form() -> dict[str, Any]:
     mine = widgets.knobs([find_method(next(iter(METHODS)))])
     names = [(title, name) for name, title in METHODS.items()]
     where = "In order of cost: one forward, one-token decodes, both kinds of cut, every state restored."
-    first = next(iter(METHODS))
-    found: dict[str, Any] = {
-        "method": gr.Radio(names, value=first, label="View", info=where, elem_id="retrieval-method")
-    }
+    view = dict(value="contributions", label="View", info=where, elem_id="retrieval-method")
+    found: dict[str, Any] = {"method": gr.Radio(names, **view)}
     example = dict(zip(TEXTS, examples(1)[0], strict=True))
     found["context"] = gr.Textbox(
         example["context"],
@@ -71,8 +69,8 @@ def form() -> dict[str, Any]:
             if name not in found:
                 found[name] = widgets.widget("retrieval", name, f, kind, visible=name in mine)
     rows, filled = examples(), [found[n] for n in TEXTS]
-    named = [f"{row[1]} …" for row in rows]
-    gr.Examples(rows, filled, label="Examples", elem_id="retrieval-examples", example_labels=named)
+    named = dict(label="Examples", example_labels=[f"{row[1]} …" for row in rows])
+    gr.Examples(rows, filled, elem_id="retrieval-examples", **named)
     return found
 
 
@@ -81,18 +79,13 @@ def _passages() -> dict[str, Any]:
     with gr.Accordion("Find the context in passages", open=False):
         look = dict(elem_id="retrieval-passages", info="Paragraphs, with an empty line between them.")
         text = gr.Textbox(label="Passages", lines=4, max_lines=12, max_length=2_000_000, **look)
-        files = gr.File(
-            label="Text files, or a folder of them",
-            file_count="multiple",
-            file_types=[".txt", ".md"],
-            elem_id="retrieval-files",
-            height=120,
-        )
-        count = gr.Number(
-            3, label="Passages to take", minimum=1, maximum=50, precision=0, elem_id="retrieval-count"
-        )
+        named = dict(file_types=[".txt", ".md"], height=110)
+        files = gr.File(label="Text files", file_count="multiple", elem_id="retrieval-files", **named)
+        folder = gr.File(label="A folder", file_count="directory", elem_id="retrieval-folder", **named)
+        look = dict(minimum=1, maximum=50, precision=0, elem_id="retrieval-count")
+        count = gr.Number(3, label="Passages to take", **look)
         find = gr.Button("Find passages", size="sm", elem_id="retrieval-find")
-    return {"passages": text, "files": files, "count": count, "find": find}
+    return {"passages": text, "files": files, "folder": folder, "count": count, "find": find}
 
 
 def outputs() -> dict[str, Any]:
