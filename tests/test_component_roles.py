@@ -123,6 +123,7 @@ def run(session: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("pictures")
     picture_folder(folder, 24)
     asked = {"images": (str(folder),), "features": ("colour: red | green | blue", "a star")}
+    asked["bank"] = ("a circle", "a gray background", "a house in sketch style", "a red moon")
     return session.run(Recipe("rank-components", "atlas-clip", asked))
 
 

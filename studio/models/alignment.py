@@ -130,7 +130,7 @@ class Fit:
         maps, bias = (t.clone().requires_grad_() for t in (state.maps, state.bias))
         adam = torch.optim.Adam([maps, bias], lr=how.rate)
         if state.moments:
-            first, second = state.moments[:2], state.moments[2:]
+            first, second = ([m.clone() for m in part] for part in (state.moments[:2], state.moments[2:]))
             for p, m, v in zip((maps, bias), first, second, strict=True):
                 adam.state[p] = {"step": torch.tensor(float(state.step)), "exp_avg": m, "exp_avg_sq": v}
         for step in range(state.step, how.steps):
@@ -144,7 +144,7 @@ class Fit:
             loss.backward()
             adam.step()
             if (step + 1) % 20 == 0 or step + 1 == how.steps:
-                moments = [adam.state[p][k] for k in ("exp_avg", "exp_avg_sq") for p in (maps, bias)]
+                moments = [adam.state[p][k].clone() for k in ("exp_avg", "exp_avg_sq") for p in (maps, bias)]
                 state = State(maps.detach().clone(), bias.detach().clone(), moments, step + 1)
                 after(state, float(loss.detach()))
         return state
