@@ -11,7 +11,8 @@ from PIL import Image
 
 from panels import bars, decompose_form, decompose_view, decompose_without, heatmap, widgets
 from panels import decompose_images as pictured
-from panels.decompose_form import HINT, TRIES
+from panels.decompose_form import HINT
+from panels.decompose_images import PRESS
 from panels.decompose_view import ASK
 from panels.running import QUIET, STREAM, Running
 from studio.errors import RequestError
@@ -25,7 +26,6 @@ from studio.types import Recipe, Result
 TITLE = "Decompose"
 NEEDS = "components"
 QUESTION = "Which parts of a vision transformer see what, and what happens without them?"
-_PRESS = "() => document.querySelector('#decompose-run').click()"
 
 
 def build(session: Session) -> None:
@@ -44,7 +44,7 @@ class _Panel(Running):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.kept_images = widgets.kept_in_browser("locus-decompose-images")
+        self.chooser = pictured.Chooser(self.session, self.form)
         shared = ("images", "method", "model", "granularity")
         self.switched = [c for c in self.form if c not in shared and self.form[c] in self.named]
 
@@ -54,7 +54,10 @@ class _Panel(Running):
         """Connects everything."""
         form, out = self.form, self.out
         started, _ = self.wire_run()
-        self._wire_images()
+        self.chooser.wire()
+        tab = gr.context.Context.block
+        if isinstance(tab, gr.Tab):
+            tab.select(self.warm, form["model"], None, **STREAM)
         form["method"].change(
             self.switch, form["method"], [form[n] for n in (*self.switched, "granularity")], **QUIET
         )
@@ -85,35 +88,6 @@ class _Panel(Running):
         started.then(self.recount, chosen, told, **QUIET)
         self._wire_truly()
 
-    def _wire_images(self) -> None:
-        form = self.form
-        here = [form["images"], form["gallery"], form["said"], self.kept_images]
-        for name in ("files", "folder", "pasted"):
-            one = name == "pasted"
-            outputs = [*here, form["pasted"]] if one else here
-            form[name].upload(
-                self.take_one if one else self.take, [form[name], form["images"]], outputs, **STREAM
-            )
-        form["clear"].click(lambda: self.set_images("", "Choose images."), None, here, **QUIET)
-        for name, (texts, model) in TRIES.items():
-            done = form[f"try-{name}"].click(
-                lambda texts=texts, model=model: [
-                    *self.set_images(pictured.EXAMPLES, "Ten example images."),
-                    "\n".join(texts),
-                    model,
-                    "decompose",
-                ],
-                None,
-                [*here, form["texts"], form["model"], form["method"]],
-                **QUIET,
-            )
-            done.then(None, None, None, js=_PRESS)
-        page = gr.context.Context.root_block
-        page.load(self.reloaded, self.kept_images, here[:3], **QUIET)
-        tab = gr.context.Context.block
-        if isinstance(tab, gr.Tab):
-            tab.select(self.warm, form["model"], None, **STREAM)
-
     def _wire_truly(self) -> None:
         """The true ablation is a view of its own; the chosen components go there."""
         form, out = self.form, self.out
@@ -125,7 +99,7 @@ class _Panel(Running):
             [form["components"], form["method"]],
             **QUIET,
         )
-        moved.then(None, None, None, js=_PRESS)
+        moved.then(None, None, None, js=PRESS)
 
     def switch(self, name: str) -> list[Any]:
         """Another view was chosen: its own knobs show."""
@@ -156,33 +130,6 @@ class _Panel(Running):
         return Recipe(method.name, model, decompose_form.space(model, asked), {}, ())
 
     # ---- images -------------------------------------------------------------------------------------------
-
-    def set_images(self, set_id: str, said: str) -> list[Any]:
-        """Another set of images: id, thumbnails, sentence, and what the browser keeps."""
-        shown = pictured.gallery(self.session, set_id) if set_id else []
-        if len(shown) == pictured.MOST_SHOWN:
-            said += f" The first {pictured.MOST_SHOWN} are shown."
-        return [set_id, gr.update(value=shown), said, {"images": set_id}]
-
-    def take(self, files: list[str] | None, set_id: str) -> Any:
-        """Files or a folder were uploaded."""
-        try:
-            return self.set_images(*pictured.added(self.session, set_id, files or []))
-        except Exception as error:
-            return [gr.skip(), gr.skip(), widgets.spoken(error), gr.skip()]
-
-    def take_one(self, file: str | None, set_id: str) -> Any:
-        """An image was dropped or pasted; its field is empty again."""
-        return [*self.take([file] if file else [], set_id), None]
-
-    def reloaded(self, kept: dict | None) -> list[Any]:
-        """The page is there: the images that this browser had, else the examples."""
-        set_id = kept.get("images") if isinstance(kept, dict) else None
-        try:
-            count = len(pictured.files_of(self.session, set_id))
-            return self.set_images(set_id, f"{count} image{'s' if count > 1 else ''}.")[:3]
-        except RequestError:
-            return self.set_images(pictured.EXAMPLES, "Ten example images.")[:3]
 
     def pick_image(self, event: gr.SelectData, kept: dict | None, set_id: str) -> list[Any]:
         """A thumbnail was clicked: its name in the run on screen."""
@@ -278,8 +225,9 @@ class _Panel(Running):
         try:
             picture, said = self.token_map(str(request.session_hash), kept, text, image, component or "")
         except Exception as error:
-            return [gr.update(visible=False), widgets.spoken(error)]
-        return [gr.update(value=picture, visible=picture is not None), said]
+            picture, said = None, widgets.spoken(error)
+        shown = gr.update(value=picture, visible=picture is not None)
+        return [shown, gr.update(value=said, visible=bool(said))]
 
     def token_map(
         self, user: str, kept: dict | None, text: str, image: str, component: str
@@ -378,7 +326,7 @@ class _Panel(Running):
         )
         gone = {out[n]: gr.update(visible=False) for n in hidden}
         hint = {"hint": "The first numbers are on their way …"}
-        said = {out["table"]: "", out["detail"]: ASK, out["spread"]: "", out["shown"]: ""}
+        said = {out["table"]: "", out["detail"]: ASK, out["shown"]: ""}
         return {out["figure"]: hint, out["texts"]: hint, **said, **gone}
 
     def empty(self) -> dict[Any, Any]:

@@ -7,10 +7,9 @@ from typing import Any
 import gradio as gr
 
 from panels import bars, heatmap, widgets
-from panels.decompose_images import EXAMPLES, Pasted
+from panels.decompose_images import EXAMPLES, TOLD, TRIES, Pasted
 from panels.decompose_view import ASK
 from panels.decompose_without import COLUMNS
-from studio.atlas.world import OBJECTS
 from studio.models.catalog import ASSETS, CATALOG
 from studio.registry import find_method, load_methods
 
@@ -21,15 +20,6 @@ VIEWS = {
     "ablate-components": "Without components",
 }
 HINT = "Press Run. One image takes about a second; click a cell for more."
-TEXTS = tuple(f"a {thing}" for thing in OBJECTS)
-TRIES = {  # name: (texts, model)
-    "Things": (TEXTS, "atlas-clip"),
-    "Colours": (("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown"), "atlas-clip"),
-    "Backgrounds": (
-        tuple(f"a {b} background" for b in ("white", "black", "gray", "sand", "mint")),
-        "atlas-clip",
-    ),
-}
 _OWN = ("images", "granularity")  # knobs that the panel sets itself
 
 
@@ -55,7 +45,7 @@ def form() -> dict[str, Any]:
     found["method"] = gr.Radio(choices, value="decompose", label="View", elem_id="decompose-method")
     said = dict(lines=4, max_lines=12, info="One a line. Empty: shares without texts.")
     found["texts"] = gr.Textbox(
-        "\n".join(TEXTS), label="Texts", elem_id="decompose-texts", max_length=400_000, **said
+        "\n".join(TRIES["Things"]), label="Texts", elem_id="decompose-texts", max_length=400_000, **said
     )
     found |= widgets.run_buttons("decompose")
     with gr.Accordion("Options", open=False):
@@ -90,15 +80,16 @@ def _images() -> dict[str, Any]:
     """The images: a hidden id of their set, thumbnails, and the ways to choose them."""
     found: dict[str, Any] = {"images": gr.Textbox(EXAMPLES, visible="hidden", elem_id="decompose-images")}
     found["gallery"] = gr.Gallery(
-        label="Images; click one to see it alone",
+        label="Images",
+        show_label=False,
         columns=5,
-        height=190,
+        height=170,
         object_fit="contain",
         allow_preview=False,
         interactive=False,
         buttons=[],
         elem_id="decompose-gallery",
-        elem_classes="thumbs",
+        elem_classes=["thumbs", "bare"],
     )
     with gr.Row():
         small = dict(size="sm", min_width=70)
@@ -107,7 +98,7 @@ def _images() -> dict[str, Any]:
             "Folder …", file_count="directory", elem_id="decompose-folder", **small
         )
         found["mean"] = gr.Button("All images", elem_id="decompose-mean", **small)
-        found["clear"] = gr.Button("Remove all", elem_id="decompose-clear", **small)
+        found["clear"] = gr.Button("Clear", elem_id="decompose-clear", **small)
     with gr.Accordion("Drop or paste an image", open=False):
         found["pasted"] = Pasted(
             show_label=False,
@@ -117,7 +108,7 @@ def _images() -> dict[str, Any]:
             type="filepath",
             elem_id="decompose-pasted",
         )
-    found["said"] = widgets.line("Ten example images.", "decompose-said", most=4)
+    found["said"] = widgets.line(TOLD, "decompose-said", most=4)
     with gr.Row():
         for name in TRIES:
             label = f"Example: {name.lower()}"
@@ -183,7 +174,7 @@ def _detail() -> dict[str, Any]:
                     elem_id="decompose-where",
                     elem_classes="pixels",
                 )
-                out["spread"] = widgets.line("", "decompose-spread", most=5)
+                out["spread"] = widgets.line("", "decompose-spread", most=5, visible=False)
             with gr.Column(min_width=240, scale=2):
                 out["extremes"] = _gallery("Its top and bottom images", "extremes")
     return out
@@ -200,7 +191,7 @@ def _gallery(label: str, name: str) -> gr.Gallery:
         visible=False,
         buttons=[],
         elem_id=f"decompose-{name}",
-        elem_classes="thumbs",
+        elem_classes=["thumbs", "whole"],
     )
 
 
@@ -217,7 +208,7 @@ def _without() -> dict[str, Any]:
     out["csv"] = gr.File(
         label="Groups: a CSV with the columns file, label, group",
         file_types=[".csv"],
-        height=90,
+        height=130,
         elem_id="decompose-csv",
     )
     heads = ["group", "images", "accuracy", "accuracy without them"]

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
+from panels import widgets
+from panels.running import QUIET, STREAM
+from studio.atlas.world import ATTRIBUTES
 from studio.errors import RequestError, StudioError
 from studio.images import ENDINGS, image_files, labels, read_image
 from studio.models.catalog import ASSETS
@@ -19,6 +23,13 @@ from studio.session import Session
 from studio.uploads import Uploads
 
 EXAMPLES = "examples"
+TOLD = "Ten example images."
+PRESS = "() => document.querySelector('#decompose-run').click()"
+TRIES = {  # examples: what is asked of the pictures
+    "Things": tuple(f"a {thing}" for thing in ATTRIBUTES["object"]),
+    "Colours": ATTRIBUTES["colour"],
+    "Backgrounds": tuple(f"a {paper} background" for paper in ATTRIBUTES["background"]),
+}
 SIDE = 160  # pixels of a thumbnail
 MOST_SHOWN = 200
 MOST_TRIED = 500  # uploaded files that are opened at once; a run says what is wrong with others
@@ -115,3 +126,63 @@ def by_label(given: Sequence[str]) -> dict[str, Path]:
     """{label in a run: file} of a run's images."""
     files = image_files(given)[0]
     return dict(zip(labels(files), files, strict=True))
+
+
+class Chooser:
+    """The handlers of the image fields of a form: images (the id), gallery, files, folder, pasted, clear,
+    said, and the examples try-NAME."""
+
+    def __init__(self, session: Session, form: dict[str, Any]) -> None:
+        self.session, self.form = session, form
+        self.kept = widgets.kept_in_browser("locus-decompose-images")
+
+    def wire(self) -> None:
+        """Connects them."""
+        form = self.form
+        here = [form["images"], form["gallery"], form["said"], self.kept]
+        for name in ("files", "folder"):
+            form[name].upload(self.take, [form[name], form["images"]], here, **STREAM)
+        pasted = form["pasted"]
+        pasted.upload(self.take_one, [pasted, form["images"]], [*here, pasted], **STREAM)
+        form["clear"].click(lambda: self.shown("", "Choose images."), None, here, **QUIET)
+        for name, tried in TRIES.items():
+            outputs = [*here, form["texts"], form["method"]]
+            done = form[f"try-{name}"].click(_example(self, tried), None, outputs, **QUIET)
+            done.then(None, None, None, js=PRESS)
+        page = gr.context.Context.root_block
+        page.load(self.reloaded, self.kept, here[:3], **QUIET)
+
+    def shown(self, set_id: str, said: str) -> list[Any]:
+        """Another set of images: id, thumbnails, sentence, and what the browser keeps."""
+        thumbs = gallery(self.session, set_id) if set_id else []
+        if len(thumbs) == MOST_SHOWN:
+            said += f" The first {MOST_SHOWN} are shown."
+        return [set_id, gr.update(value=thumbs), said, {"images": set_id}]
+
+    def take(self, files: list[str] | None, set_id: str) -> list[Any]:
+        """Files or a folder were uploaded."""
+        try:
+            return self.shown(*added(self.session, set_id, files or []))
+        except Exception as error:
+            return [gr.skip(), gr.skip(), widgets.spoken(error), gr.skip()]
+
+    def take_one(self, file: str | None, set_id: str) -> list[Any]:
+        """An image was dropped or pasted; its field is empty again."""
+        return [*self.take([file] if file else [], set_id), None]
+
+    def reloaded(self, kept: dict | None) -> list[Any]:
+        """The page is there: the images that this browser had, else the examples."""
+        set_id = kept.get("images") if isinstance(kept, dict) else None
+        try:
+            count = len(files_of(self.session, set_id))
+        except StudioError:
+            set_id = EXAMPLES
+        said = TOLD if set_id == EXAMPLES else f"{count} image{'s' if count > 1 else ''}."
+        return self.shown(set_id, said)[:3]
+
+
+def _example(chooser: Chooser, texts: Sequence[str]) -> Any:
+    def load() -> list[Any]:
+        return [*chooser.shown(EXAMPLES, TOLD), "\n".join(texts), "decompose"]
+
+    return load

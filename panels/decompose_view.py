@@ -14,6 +14,10 @@ from studio.registry import find_method
 from studio.types import Figure, Recipe, Result, Run
 
 ASK = "Click a cell: its score for each text, where in the image it looks, its top and bottom images."
+ASKS = {
+    "text-span": "Click a head for its texts; the tab Table has those of all heads.",
+    "rank-components": "Choose a feature above the map; click a cell for its shares of all features.",
+}
 SHARE = "share of the representation"
 MOST_TEXTS = 60  # columns of the table of texts
 
@@ -189,14 +193,17 @@ def headline(run: Run) -> str:
     values = found.of(None, None)
     best = int(np.abs(values).argmax())
     named = "" if len(found.texts) == 1 and found.texts[0] == found.unit else f" for “{found.texts[0]}”"
-    return f"Largest{named}: {found.components[best]} ({number(float(values[best]))}). {ASK}"
+    ask = ASKS.get(run.recipe.method, ASK)
+    return f"Largest{named}: {found.components[best]} ({number(float(values[best]))}). {ask}"
 
 
 def answers(result: Result, image: str | None) -> Figure | None:
-    """Bars: the cosine of an image, or of the mean, with each text; None without texts."""
+    """Bars: the cosine of one image with each text; None for the mean of several, and without texts."""
     if "scores" not in result.arrays:
         return None
     found = _scores(result)
+    if not image and len(found.images) > 1:
+        return None
     labels, values = [*found.texts[:MOST_TEXTS]], found.over(image).sum(0)[:MOST_TEXTS]
     return Figure("bars", {"labels": labels, "values": values, "unit": "cosine", "names": labels})
 

@@ -19,6 +19,7 @@ from studio.errors import RequestError
 from studio.models.catalog import ASSETS
 from studio.session import Session
 from studio.types import Recipe
+from studio.uploads import Uploads
 
 BODY_LIMIT = 32 * 2**20
 UPLOAD_LIMIT = 2 * 2**30  # an edit file of all cross-attention layers of SDXL
@@ -172,6 +173,7 @@ def serve_forever(
     opened = listen(host, port)
     session.store.sweep_leftovers()
     exports.sweep()
+    Uploads(session.store).sweep()
     warm_up(session)
     app = new_app(session, host, auth)
     url = f"http://{'[' + host + ']' if ':' in host else host}:{opened.getsockname()[1]}"

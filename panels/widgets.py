@@ -106,9 +106,9 @@ def run_buttons(panel: str, title: str = "Run") -> dict[str, gr.Button]:
     return {"run": run, "stop": stop}
 
 
-def line(text: str, elem_id: str, lines: int = 1, most: int = 8) -> gr.Textbox:
+def line(text: str, elem_id: str, lines: int = 1, most: int = 8, visible: bool = True) -> gr.Textbox:
     """A line of text that a person reads."""
-    look = dict(show_label=False, container=False, interactive=False)
+    look = dict(show_label=False, container=False, interactive=False, visible=visible)
     return gr.Textbox(text, lines=lines, max_lines=most, elem_id=elem_id, **look)
 
 
