@@ -282,8 +282,8 @@ def test_a_model_without_start_token_has_no_bos_group(session: Any) -> None:
 def test_an_empty_group_is_refused_where_it_was_asked_for() -> None:
     from studio.methods.language_prompt import Asked
 
-    model, asked = lf.model("qwen2"), Asked(prompt="Arvonia")
-    prompt = model.encode("Arvonia")
+    model, asked = lf.model("qwen2"), Asked(prompt="The")
+    prompt = model.encode("The")
     assert len(prompt) == 1 and token_groups(model, prompt, asked, None) == {"last": (0,)}
     with pytest.raises(RequestError, match="The group question has no token"):
         token_groups(model, prompt, asked, ["question"])
