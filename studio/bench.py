@@ -96,6 +96,47 @@ def _solver(layout: str) -> Callable[[Any, Any, Say], list[Row]]:
     return run
 
 
+def _language(race: str, least: float, **size: Any) -> Callable[[Any, Any, Say], list[Row]]:
+    """A function of studio/language_race.py on a random Llama: how many times faster than the naive way."""
+
+    def run(session: Any, settings: Any, say: Say) -> list[Row]:
+        import torch
+
+        from studio import language_race
+        from studio.diffusion_race import row
+
+        torch.set_num_threads(1)
+        generator = torch.Generator("cpu").manual_seed(0)
+        found = getattr(language_race, race)(lambda *shape: torch.randn(shape, generator=generator), **size)
+        what = race.replace("_race", "").replace("_", " ")
+        how = f"{found['how']}; largest difference of a probability {found['error']:.1e}"
+        name = f"{what}, {found['tokens']} tokens"
+        if subject := size.get("subject"):
+            name += f", subject {subject[0]}-{subject[1]}"
+        return [row(f"language {name}", found["ratio"], "times faster", least, how, least=True)]
+
+    return run
+
+
+def decomposition_cost(session: Any, settings: Any, say: Say) -> list[Row]:
+    """A ViT-B/16's decomposition beside its plain forward (studio/vision_race.py)."""
+    import torch
+
+    from studio import vision_race
+    from studio.diffusion_race import row
+
+    torch.set_num_threads(1)
+    generator = torch.Generator("cpu").manual_seed(0)
+    found = vision_race.race("vit-b16", lambda *shape: torch.randn(shape, generator=generator), rounds=6)
+    rows = [
+        row(f"decompose, {what}", found["ratios"][what], "times a forward", bar, found["how"], least=False)
+        for what, bar in vision_race.BARS.items()
+    ]
+    memory = max(found["memory"], 1e-3)  # what can't be told from nothing
+    bar, how = vision_race.MEMORY_BAR, found["how"]
+    return [*rows, row("decompose, tokens' memory", memory, "GB", bar, how, least=False)]
+
+
 def command_line(session: Any, settings: Any, say: Say) -> list[Row]:
     """How soon the command line answers."""
     from studio.diffusion_race import help_time
@@ -112,6 +153,12 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("unet-screen-rows", "", _on_small("screen_rows", "sd1")),
     Entry("text-encoder-trace-images", "", _on_atlas("text_trace")),
     Entry("attribution-forwards", "", _on_small("attribution", "least")),
+    Entry("language-trace-40", "", _language("trace_race", 7.5, tokens=40, subject=(5, 9))),
+    Entry("language-trace-late", "", _language("trace_race", 50, tokens=40, subject=(28, 32))),
+    Entry("language-trace-240", "", _language("trace_race", 600, tokens=240, subject=(226, 230))),
+    Entry("knockout-40", "", _language("knockout_race", 60, tokens=40)),
+    Entry("knockout-240", "", _language("knockout_race", 200, tokens=240)),
+    Entry("decompose-cost", "", decomposition_cost),
     Entry("planted-truth", "planted", planted_truth),
     Entry("planted-components", "planted", planted_components),
 )
