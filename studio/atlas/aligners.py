@@ -39,7 +39,7 @@ from studio.models.vit import VisionModel
 from studio.store import write_tensors
 
 FOLDER = ASSETS / "atlas" / "aligners"
-BLOCKS = {"atlas-vit": 5, "atlas-dino": 5, "atlas-swin": 4, "atlas-maxvit": 3}  # with maps of their own
+BLOCKS = {"atlas-vit": 5, "atlas-dino": 5, "atlas-swin": 2, "atlas-maxvit": 3}  # with maps of their own
 _COLUMNS = {
     "blocks": "last blocks with maps",
     "images": "pictures",
