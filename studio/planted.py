@@ -28,7 +28,8 @@ Say = Callable[[str], None]
 class Settings:
     """How many models are made, and how closely they are looked at.
 
-    plants, pairs: valid plants wanted in one and in two layers. unplanted: models with decoys alone. seeds,
+    plants, pairs: valid plants wanted in one and in two layers. unplanted: models with decoys alone, at
+    most one for each of the plants. seeds,
     steps: of every image. teach: gradient steps where the closed form is not enough. placebos: other names
     that component attribution is set against. seed: of everything drawn at random.
     """
@@ -357,8 +358,7 @@ def experiment(
     cases = nursery.single(rng)
     cases += nursery.double(cases, rng)
     trials = [trial(garden, finders, case, [case.plant, *case.decoys], say) for case in cases]
-    for i in range(settings.unplanted if cases else 0):
-        case = cases[i % len(cases)]
+    for case in cases[: settings.unplanted]:  # once each: the same model again would count double
         trials.append(trial(garden, finders, case, [*case.decoys, *case.extra], say, layers=()))
     return trials, nursery.excluded, nursery.tried
 

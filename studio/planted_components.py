@@ -42,7 +42,7 @@ class ComponentNursery(Nursery):
     """Tries one lesson of each attribute in every module, then new ones in those that took it."""
 
     strengths = (3.0, 8.0)
-    unhidden = "its decoys stand in its way, or another name means the same"
+    unhidden = "its decoys stand in its way, or all names mean the same"
 
     def single(self, rng: Any) -> list[Case]:
         """Cases of one module, as many as wanted where there are so many."""
@@ -62,13 +62,15 @@ class ComponentNursery(Nursery):
         return [cases[i] for i in rng.permutation(len(cases))[:wanted]]
 
     def hide(self, plant: Any, names: list[str], rng: Any) -> Case | None:
-        """The plant among decoys, None when they stand in its way or the control name means the same:
-        features of names are much alike by the time they reach a feed-forward module."""
-        case = super().hide(plant, names, rng)
-        if case is None:
+        """The plant among decoys, set against names that do not mean the same: features of names are much
+        alike by the time they reach a feed-forward module. None when decoys stand in its way, or no such
+        name is left."""
+        if (case := super().hide(plant, names, rng)) is None:
             return None
-        control = replace(plant.lesson, name=case.control)
-        return case if self.garden.moved(control, [plant, *case.decoys]) < INERT else None
+        stack = [plant, *case.decoys]
+        lessons = (replace(plant.lesson, name=name) for name in (case.control, *case.placebos))
+        other = [x.name for x in lessons if self.garden.moved(x, stack) < INERT]
+        return replace(case, control=other[0], placebos=tuple(other[1:])) if other else None
 
 
 def measure_components(

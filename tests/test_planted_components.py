@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from studio import planted as planted_module
 from studio.atlas import feed_forward_plants
 from studio.atlas.feed_forward_plants import DECOYS, KEEP, RIDGE, Bed, Moments
 from studio.atlas.plants import FORMS, NAMES, VALID, Lesson, Plant, place, planted
@@ -192,21 +194,59 @@ def test_a_plant_that_works_a_little_is_made_stronger(
     assert len(grower.excluded) == (not counts) and grower.tried == 1
 
 
-def test_a_plant_that_means_the_same_for_another_name_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plant_is_set_against_names_that_do_not_mean_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     class Garden(Fake):
-        reach = 0.0
+        alike: tuple[str, ...] = ()
 
         def moved(self, lesson: Lesson, plants: list) -> float:
-            return self.reach if lesson.name == "tamsin" else 1.0
+            return 0.3 if lesson.name in self.alike else 0.2
 
     lesson = Fake.lesson("quill", ("colour",), None)
-    case = Case(None, (), (), "tamsin", ())
+    case = Case(None, (), (), "tamsin", ("merrow", "lysk"))
     monkeypatch.setattr(Nursery, "hide", lambda self, plant, names, rng: case)
     garden = Garden()
     grower, plant = ComponentNursery(garden, Settings(), print), Plant(lesson, ("d",))
-    assert grower.hide(plant, [], None) is case
-    garden.reach = 0.3
+    for alike, control, placebos in (
+        ((), "tamsin", ("merrow", "lysk")),
+        (("tamsin",), "merrow", ("lysk",)),
+        (("tamsin", "lysk"), "merrow", ()),
+    ):
+        garden.alike = alike
+        found = grower.hide(plant, [], None)
+        assert (found.control, found.placebos) == (control, placebos)
+    garden.alike = ("tamsin", "merrow", "lysk")
     assert grower.hide(plant, [], None) is None
+
+
+def test_every_plant_has_at_most_one_model_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same model twice would count double."""
+    made: list[tuple] = []
+    answer = {"m": Answer(("x",), True)}
+    monkeypatch.setattr(
+        planted_module,
+        "trial",
+        lambda garden, finders, case, plants, say, layers=None: (
+            made.append((case, layers)) or Trial(("x",) if layers is None else (), answer, ("x",))
+        ),
+    )
+    cases = [Case(None, (), (), name, ()) for name in ("a", "b")]
+
+    class Grown:
+        excluded, tried = [], 2
+
+        def single(self, rng: Any) -> list[Case]:
+            return cases
+
+        def double(self, found: list[Case], rng: Any) -> list[Case]:
+            return []
+
+    for asked, count in ((8, 2), (1, 1), (0, 0)):
+        made.clear()
+        trials, *_ = planted_module.experiment(
+            None, Grown(), SimpleNamespace(), Settings(unplanted=asked, plants=2), print
+        )
+        assert len(trials) == 2 + count
+        assert [c.control for c, layers in made if layers == ()] == ["a", "b"][:count]
 
 
 def test_the_methods_are_asked_about_feed_forward_modules(bed: Bed, session: Any) -> None:
