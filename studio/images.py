@@ -24,7 +24,7 @@ MOST_UNEQUAL = 100  # longest side by shortest: models resize the shortest, so a
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, IndexError, TypeError, zlib.error)
 
 
-def image_files(given: Sequence[str]) -> tuple[list[Path], int]:
+def image_files(given: Sequence[str], option: str = "--images") -> tuple[list[Path], int]:
     """(the image files of these files and folders in order, how many other files the folders hold).
 
     A folder stands for all images below it, by name. RequestError for what does not exist and for a folder
@@ -39,7 +39,7 @@ def image_files(given: Sequence[str]) -> tuple[list[Path], int]:
         except (OSError, ValueError):  # a name that is too long, or holds a null byte
             exists = folder = False
         if not exists:
-            raise RequestError(f"--images: there is no file or folder {text[:120]!r}.")
+            raise RequestError(f"{option}: there is no file or folder {text[:120]!r}.")
         if not folder:
             files.append(path)
             continue
@@ -48,7 +48,7 @@ def image_files(given: Sequence[str]) -> tuple[list[Path], int]:
         if not images:
             held = f"{len(below)} other files" if below else "nothing"
             raise RequestError(
-                f"--images: the folder {text[:120]} holds no images but {held}; images end in "
+                f"{option}: the folder {text[:120]} holds no images but {held}; images end in "
                 f"{', '.join(sorted(ENDINGS))}."
             )
         files += images

@@ -24,13 +24,17 @@ def laid(job: Job, scorer: Any) -> dict[str, Any]:
 
 
 def files_read(inputs: Any, params: Any) -> str:
-    """A hash of the images and the aligner that a request names, since a file can change under its name;
-    "" when it names none."""
-    images, aligner = getattr(inputs, "images", None), getattr(params, "aligner", None)
+    """A hash of the images, the aligner and the table of groups that a request names, since a file can change
+    under its name; "" when it names no images."""
+    images = getattr(inputs, "images", None)
     if not images:
         return ""
     files, _ = image_files(images)
-    return digest([*files, *([Path(aligner).expanduser()] if aligner else [])])
+    for option in ("reference", "like"):
+        if named := getattr(inputs, option, None):
+            files += image_files((named,) if isinstance(named, str) else named, f"--{option}")[0]
+    single = (getattr(params, "aligner", None), getattr(inputs, "groups", None))
+    return digest([*files, *(Path(name).expanduser() for name in single if name)])
 
 
 def origin(model: Any, name: str) -> dict[str, Any]:
