@@ -68,7 +68,7 @@ def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:
     read_features(inputs.features or ())
 
 
-def read_features(given: Sequence[str]) -> dict[str, Groups]:
+def read_features(given: Sequence[str], option: str = "--features") -> dict[str, Groups]:
     """{name: its texts, each alone in its group} of NAME: TEXT | TEXT; without a colon a text is its name."""
     found: dict[str, Groups] = {}
     for line in given:
@@ -77,10 +77,10 @@ def read_features(given: Sequence[str]) -> dict[str, Groups]:
         name = name.strip() if colon else texts[0]
         if not name or not all(texts):
             raise RequestError(
-                f"--features: {line[:60]!r} is no feature; write NAME: TEXT | TEXT, or one text alone."
+                f"{option}: {line[:60]!r} is no feature; write NAME: TEXT | TEXT, or one text alone."
             )
         if name in found:
-            raise RequestError(f"--features: {name[:40]!r} is given twice; join its texts with |.")
+            raise RequestError(f"{option}: {name[:40]!r} is given twice; join its texts with |.")
         found[name] = tuple((text,) for text in dict.fromkeys(texts))
     return found
 
@@ -156,7 +156,7 @@ def rank_components(
     from studio.models.corpus import statistics
 
     space, clip = open_space(model, scorer, params.aligner)
-    features = read_features(inputs.features or ()) or _attributes(clip)
+    features = read_features(inputs.features or ()) or atlas_attributes(clip)
     centre = unit_texts(clip, bank_texts(clip, inputs.bank, "--bank")).mean(0)
     bases = {}
     for name, groups in features.items():
@@ -170,7 +170,8 @@ def rank_components(
     return _result({name: roles(space, found, basis) for name, basis in bases.items()}, found)
 
 
-def _attributes(clip: Any) -> Mapping[str, Groups]:
+def atlas_attributes(clip: Any) -> Mapping[str, Groups]:
+    """The five attributes of the Atlas world, for atlas-clip alone; RequestError for another CLIP."""
     if clip.source.path.name != "atlas-clip":
         raise RequestError(
             f"--features is needed with {clip.id}: each as NAME: TEXT | TEXT; only atlas-clip has some of "
