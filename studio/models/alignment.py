@@ -45,7 +45,7 @@ class Coordinates:
     def __init__(self, space: Space, blocks: int) -> None:
         self.space = space
         layers = sorted({p.label for p in space.whole.layout.parts}, key=_block)
-        last = sorted({_block(label) for label in layers})[-blocks:]
+        last = sorted({_block(label) for label in layers} - {-1})[-blocks:]
         bias = [x for x in space.whole.labels if x.endswith(".bias")]
         self.labels = [x for x in space.whole.labels if x not in bias and _block(x) in last]
         dim = space.width
