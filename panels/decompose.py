@@ -45,7 +45,7 @@ class _Panel(Running):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.chooser = pictured.Chooser(self.session, self.form)
-        shared = ("images", "method", "model", "granularity")
+        shared = ("images", "said", "method", "model", "beside", "granularity")
         self.switched = [c for c in self.form if c not in shared and self.form[c] in self.named]
 
     # ---- wiring -------------------------------------------------------------------------------------------
@@ -69,34 +69,40 @@ class _Panel(Running):
             widgets.guarded(self.pick_image), [self.state, form["images"]], [out["shown"], out["by"]], **often
         )
         mean = form["mean"].click(lambda: "", None, out["shown"], **often)
+        chosen = [self.state, out["chosen"], out["text"], out["shown"], out["by"], out["csv"]]
+        told = [out[n] for n in ("change", "before", "groups", "order-said", "order")]
         for event in (picked, mean):
             event.then(widgets.guarded(self.show), place, seen, **often)
-        clicked = [self.cell, out["text"], out["chosen"]]
+            event.then(self.recount, chosen, told, **often)
+        second = [self.state, form["beside"], out["text"], out["shown"]]
+        also = [started.then, picked.then, mean.then, out["text"].input, form["beside"].input]
+        for listen in also:
+            listen(self.beside, second, [out["beside"], out["beside-said"]], **STREAM)
+        collected = [self.cell, out["text"], out["chosen"]]
         for name in ("figure", "texts"):
             event = out[name].select(
                 widgets.guarded(getattr(self, f"click_{name}")),
                 [self.state, out["text"], out["chosen"]],
-                clicked,
+                collected,
                 **often,
             )
             event = event.then(widgets.guarded(self.show), place, seen, **often)
             event.then(self.look, place, [out["where"], out["spread"]], **STREAM)
-        chosen = [self.state, out["chosen"], out["text"], out["shown"], out["by"], out["csv"]]
-        told = [out[n] for n in ("change", "before", "groups", "order-said", "order")]
-        again = [out["chosen"].change, out["by"].input, out["csv"].change, out["text"].input]
-        gr.on([*again, out["shown"].change], self.recount, chosen, told, trigger_mode="always_last", **QUIET)
+        again = [out["chosen"].change, out["by"].input, out["csv"].upload, out["csv"].clear]
+        gr.on([*again, out["text"].input], self.recount, chosen, told, trigger_mode="always_last", **QUIET)
         started.then(self.recount, chosen, told, **QUIET)
         self._wire_truly()
 
     def _wire_truly(self) -> None:
         """The true ablation is a view of its own; the chosen components go there."""
         form, out = self.form, self.out
-        if "components" not in form:
+        if (name := "ablate-components") not in decompose_form.views():
             return
+        texts = form[widgets.own("texts", find_method(name))]
         moved = out["truly"].click(
-            lambda chosen: ["\n".join(chosen or []), "ablate-components"],
-            out["chosen"],
-            [form["components"], form["method"]],
+            lambda chosen, said: ["\n".join(chosen or []), said, name],
+            [out["chosen"], form["texts"]],
+            [form["components"], texts, form["method"]],
             **QUIET,
         )
         moved.then(None, None, None, js=PRESS)
@@ -255,6 +261,22 @@ class _Panel(Running):
         said = decompose_view.token_sentence(component, text, grid, others)
         return overlay(seen, np.asarray(heat)), f"{Path(image).stem}: {said}"
 
+    def beside(self, request: gr.Request, kept: dict | None, name: str | None, text: str, image: str) -> list:
+        """The same run of another model, whose map stands below; once it was made it comes from the store."""
+        hidden = gr.update(visible=False)
+        if not name or not kept:
+            return [hidden, hidden]
+        try:
+            recipe, _ = self.measured(kept)
+            params = {k: v for k, v in recipe.params.items() if k not in ("clip", "aligner")}
+            asked = Recipe(recipe.method, name, recipe.inputs, decompose_form.space(name, params), ())
+            result = self.session.run(asked, user=str(request.session_hash)).result
+            figure = decompose_view.layer_map(result, text or None, image)
+        except Exception as error:
+            return [hidden, gr.update(value=f"{name}: {widgets.spoken(error)}", visible=True)]
+        said = gr.update(value=f"{name}, for the same images and texts:", visible=True)
+        return [gr.update(value=heatmap.as_value(figure, True), visible=True), said]
+
     def recount(
         self, kept: dict | None, chosen: list | None, text: str, image: str, by: str, groups: str | None
     ) -> dict[Any, Any]:
@@ -264,6 +286,11 @@ class _Panel(Running):
         update = {out[n]: gone for n in ("before", "groups", "order")}
         try:
             recipe, result = self.measured(kept)
+            if recipe.method == "ablate-components":
+                columns, rows = decompose_view.rows_of(recipe, result) or ([], [])
+                table = gr.update(value={"headers": columns, "data": rows}, visible=True)
+                said = decompose_view.ablated(result)
+                return update | {out["before"]: table, out["change"]: said, out["order-said"]: ""}
             update |= self.changed(result, list(chosen or []), groups)
             update |= self.ordered(recipe, result, list(chosen or []), text, image, by)
         except Exception as error:
@@ -281,7 +308,9 @@ class _Panel(Running):
         before, after = decompose_without.without(result, chosen)
         said = decompose_without.told(chosen, before, after)
         rows = decompose_without.answer_rows(result, before, after)
-        update: dict[Any, Any] = {out["before"]: gr.update(value=rows, visible=True)}
+        update: dict[Any, Any] = {
+            out["before"]: gr.update(value={"headers": decompose_without.COLUMNS, "data": rows}, visible=True)
+        }
         if groups:
             try:
                 known = decompose_without.read_groups(Path(groups))

@@ -21,6 +21,7 @@ VIEWS = {
 }
 HINT = "Press Run. One image takes about a second; click a cell for more."
 _OWN = ("images", "granularity")  # knobs that the panel sets itself
+_PATHS = ("groups", "reference")  # files of the machine that serves, which a page does not name
 
 
 def views() -> dict[str, str]:
@@ -50,6 +51,9 @@ def form() -> dict[str, Any]:
     found |= widgets.run_buttons("decompose")
     with gr.Accordion("Options", open=False):
         found["model"] = widgets.model_choice("decompose", ("clip", "vision"), "atlas-clip")
+        found["beside"] = widgets.model_choice(
+            "decompose", ("clip", "vision"), None, label="Beside it", elem_id="decompose-beside-model"
+        )
         found["granularity"] = gr.Radio(
             [("heads", "head"), ("layers", "layer")],
             value="head",
@@ -67,7 +71,7 @@ def _options(methods: list[Any], already: dict[str, Any]) -> dict[str, Any]:
     for chosen in methods:
         for name, (f, kind) in widgets.knobs([chosen]).items():
             shown = chosen.name == "decompose"
-            if name in _OWN or (shown and name in ("texts", "heads")):
+            if name in (*_OWN, *_PATHS) or (shown and name in ("texts", "heads")):
                 continue
             key = widgets.own(name, chosen) if name in ("texts", "heads") else name
             if key not in found and key not in already:
@@ -127,6 +131,8 @@ def outputs() -> dict[str, Any]:
         with gr.Tab("Map", id="map"), gr.Column(min_width=320):
             out["figure"] = heatmap.HeatMap(HINT, elem_id="decompose-figure")
             out["answers"] = bars.Bars("", elem_id="decompose-answers", visible=False)
+            out["beside-said"] = widgets.line("", "decompose-beside-said", visible=False)
+            out["beside"] = heatmap.HeatMap("", elem_id="decompose-beside", visible=False)
             out["drawn"] = widgets.figure_image("decompose", "drawn")
         with gr.Tab("Texts side by side", id="texts"), gr.Column(min_width=320):
             out["texts"] = heatmap.HeatMap("Give two texts or more and press Run.", elem_id="decompose-sides")

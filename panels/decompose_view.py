@@ -63,7 +63,7 @@ def scores(result: Result) -> Scores | None:
     """What there is of each component: scores for texts, without texts its share of the representation, of
     roles the shares of features, of text bases the share of all heads' variance; None for other results."""
     arrays = result.arrays
-    if "scores" in arrays:
+    if "scores" in arrays and "contributions" in arrays:
         return _named(arrays["scores"].values, arrays["scores"], "score (sums to the cosine)")
     if "contributions" in arrays:
         z, parts = (arrays[n].values.astype(float) for n in ("representation", "contributions"))
@@ -199,7 +199,7 @@ def headline(run: Run) -> str:
 
 def answers(result: Result, image: str | None) -> Figure | None:
     """Bars: the cosine of one image with each text; None for the mean of several, and without texts."""
-    if "scores" not in result.arrays:
+    if not {"scores", "contributions"} <= set(result.arrays):
         return None
     found = _scores(result)
     if not image and len(found.images) > 1:
@@ -214,6 +214,17 @@ def rows_of(recipe: Recipe, result: Result) -> tuple[list[str], list[list[str]]]
     if figure.kind != "table":
         return None
     return [str(c) for c in figure.data["columns"]], [[str(v) for v in row] for row in figure.data["rows"]]
+
+
+def ablated(result: Result) -> str:
+    """What a true ablation changed, in a sentence."""
+    count, images = result.values["changed"], len(result.arrays["scores"].axis("image").labels)
+    both = {"direct": "by the direct effect", "true": "in the model, with all that follows"}
+    told = " and ".join(f"{count[s]} {words}" for s, words in both.items() if s in count)
+    return (
+        f"Without {', '.join(result.values['components'])}: of {images} answers change {told}; means of "
+        f"{result.values['means']}."
+    )
 
 
 def token_grid(labels: tuple[str, ...], values: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:

@@ -67,7 +67,9 @@ def widget(
     return gr.Textbox(value="\n".join(value or ()), lines=2, max_lines=8, **common)
 
 
-def model_choice(panel: str, families: str | tuple[str, ...], default: str) -> gr.Dropdown:
+def model_choice(
+    panel: str, families: str | tuple[str, ...], default: str | None, **options: Any
+) -> gr.Dropdown:
     """Which model: a name of the catalogue of a family (or several), or a path or hub id typed in."""
     asked = (families,) if isinstance(families, str) else families
     names = [(f"{e.name} — {e.note}", e.name) for e in CATALOG.values() if e.family in asked]
@@ -75,9 +77,8 @@ def model_choice(panel: str, families: str | tuple[str, ...], default: str) -> g
         choices=names,
         value=default,
         allow_custom_value=True,
-        label="Model",
-        elem_id=f"{panel}-model",
         info="A name, or type a folder or a hub id (org/name) with safetensors.",
+        **{"label": "Model", "elem_id": f"{panel}-model", **options},
     )
 
 
