@@ -25,6 +25,7 @@ from studio.types import Recipe, Result
 
 TITLE = "Decompose"
 NEEDS = "components"
+MOST_CHOICES = 500  # texts that the list above the map offers; others can be typed
 QUESTION = "Which parts of a vision transformer see what, and what happens without them?"
 
 
@@ -78,6 +79,15 @@ class _Panel(Running):
         also = [started.then, picked.then, mean.then, out["text"].input, form["beside"].input]
         for listen in also:
             listen(self.beside, second, [out["beside"], out["beside-said"]], **STREAM)
+        self._wire_clicks(place, seen)
+        again = [out["chosen"].change, out["by"].input, out["csv"].upload, out["csv"].clear]
+        gr.on([*again, out["text"].input], self.recount, chosen, told, trigger_mode="always_last", **QUIET)
+        started.then(self.recount, chosen, told, **QUIET)
+        self._wire_truly()
+
+    def _wire_clicks(self, place: list, seen: list) -> None:
+        """A cell of either map: its component is collected, shown, and its token map is computed."""
+        out, often = self.out, dict(trigger_mode="multiple", **QUIET)
         collected = [self.cell, out["text"], out["chosen"]]
         for name in ("figure", "texts"):
             event = out[name].select(
@@ -88,10 +98,6 @@ class _Panel(Running):
             )
             event = event.then(widgets.guarded(self.show), place, seen, **often)
             event.then(self.look, place, [out["where"], out["spread"]], **STREAM)
-        again = [out["chosen"].change, out["by"].input, out["csv"].upload, out["csv"].clear]
-        gr.on([*again, out["text"].input], self.recount, chosen, told, trigger_mode="always_last", **QUIET)
-        started.then(self.recount, chosen, told, **QUIET)
-        self._wire_truly()
 
     def _wire_truly(self) -> None:
         """The true ablation is a view of its own; the chosen components go there."""
@@ -164,7 +170,9 @@ class _Panel(Running):
         update |= self.maps(result, None, "", again)
         if again:
             several = len(found.texts) > 1
-            update[out["text"]] = gr.update(choices=list(found.texts), value=found.texts[0], visible=several)
+            update[out["text"]] = gr.update(
+                choices=list(found.texts[:MOST_CHOICES]), value=found.texts[0], visible=several
+            )
             update[out["chosen"]] = gr.update(choices=list(found.components))
         return update
 

@@ -111,7 +111,7 @@ def caption(result: Result, found: Scores, text: str | None, image: str | None) 
         said.append(f"{'' if named == SHARE else f'“{named}”, '}{image or many}")
     if "sum_error" in result.values:
         said.append(
-            f"{result.values['way']}, in {result.values['space']} space; the parts sum to the whole with a "
+            f"{result.values['way']}; space: {result.values['space']}; the parts sum to the whole with a "
             f"relative error of {result.values['sum_error']:.1e}"
         )
     elif "images" in result.values:

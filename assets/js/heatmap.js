@@ -24,7 +24,7 @@ function draw() {
     return;
   }
   cur = [Math.min(cur[0], d.rows.length - 1), Math.min(cur[1], d.cols.length - 1)];
-  const R = d.rows.length, C = d.cols.length, left = 8 + 6.4 * Math.max(...d.rows.map(s => Math.min(s.length, 26)));
+  const R = d.rows.length, C = d.cols.length, left = 14 + 6.4 * Math.max(...d.rows.map(s => Math.min(s.length, 26)));
   const room = Math.max(280, element.clientWidth || 600) - left - 14;
   const w = Math.max(C > 60 ? 9 : 19, Math.min(64, room / C)), h = R > 40 ? 13 : R > 16 ? 18 : 30;
   const top = 10, deep = 14 + 4.6 * Math.max(...d.cols.map(s => Math.min(s.length, 22))), W = left + C * w + 10, H = top + R * h + deep + 34;

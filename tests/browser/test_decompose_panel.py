@@ -42,6 +42,11 @@ def ran(visit: Visit) -> Any:
     return page
 
 
+def over(page: Any) -> None:
+    """Waits until a run has given its exports, its last word: a Run before that is passed over."""
+    page.wait_for_selector("#decompose-export button")
+
+
 def clicked(page: Any, row: int, col: int) -> None:
     page.click(f'#decompose-figure .cell[data-row="{row}"][data-col="{col}"]')
 
@@ -145,6 +150,7 @@ def test_an_example_runs_at_once_and_other_views_have_tables(visit: Visit) -> No
     page = opened(visit)
     page.click("#decompose-try-colours")
     page.wait_for_selector("#decompose-figure .caption >> text=“red”, mean over 10 images")
+    over(page)
     page.get_by_role("radio", name="What heads write").check()
     page.wait_for_selector("#decompose-texts", state="hidden")
     page.click("#decompose-run")
