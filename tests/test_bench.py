@@ -212,7 +212,8 @@ def test_every_entry_of_the_text_to_image_methods_runs(session: Any, monkeypatch
             diffusion_race, name, lambda *a, name=name: given.setdefault(name, []).append(a) or []
         )
     monkeypatch.setattr(diffusion_race, "help_time", lambda: given.setdefault("help", []) or [])
-    for entry in chosen((), ()):
+    others = ("language-", "knockout-", "decompose-")  # tests/test_bench_races.py
+    for entry in (e for e in chosen((), ()) if not e.name.startswith(others)):
         assert entry.run(session, None, print) == []
     assert set(given) >= {"locogen", "unet_trace", "screen_rows", "text_trace", "attribution", "help"}
     assert [a[0] for a in given["solver"]] == ["sd1", "sdxl"]

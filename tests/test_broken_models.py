@@ -51,7 +51,7 @@ def folder(tmp_path: Path) -> Path:
         ("model_index.json", {}, "pipeline without a class"),
         ("model_index.json", ["a list"], "pipeline without a class"),
         ("config.json", {"model_type": "bert"}, "is a bert model, and a text-to-image model is needed"),
-        ("config.json", {"architecture": "vit_base_patch16_224"}, "is a timm model"),
+        ("config.json", {"architecture": "vit_base_patch16_224"}, "is a vision transformer"),
         ("config.json", {}, "is a unknown model"),
         ("readme.txt", {}, "holds no model that Locus knows"),
     ],
