@@ -50,6 +50,16 @@ def planted_components(session: Any, settings: Any, say: Say) -> list[Row]:
     return measure_components(model, scorer, settings, say, session.batch)
 
 
+def planted_vision(session: Any, settings: Any, say: Say) -> list[Row]:
+    """The ranking of components against planted heads (studio/planted_vision.py)."""
+    import torch
+
+    from studio.planted_vision import measure_vision
+
+    torch.set_num_threads(session.threads)
+    return measure_vision(say)
+
+
 def _on_atlas(measure: str) -> Callable[[Any, Any, Say], list[Row]]:
     """An entry's `run`: a function of studio/diffusion_race.py on the embedded model."""
 
@@ -161,6 +171,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("decompose-cost", "", decomposition_cost),
     Entry("planted-truth", "planted", planted_truth),
     Entry("planted-components", "planted", planted_components),
+    Entry("planted-vision", "planted", planted_vision),
 )
 
 

@@ -37,7 +37,7 @@ LEVELS = {
         5,
     ),
     **dict.fromkeys(("studio", "studio.bench", "studio.planted"), 6),
-    **dict.fromkeys(("studio.planted_components", "studio.diffusion_race"), 6),
+    **dict.fromkeys(("studio.planted_components", "studio.planted_vision", "studio.diffusion_race"), 6),
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.options", "launch"), 8),
 }
