@@ -137,6 +137,7 @@ class _Panel(Running):
             if stack.chosen is not None:  # so that the slider's first answer is as quick as the others
                 for _ in self.picture(request, stack, *looks, quick=True):
                     pass
+        yield {self.out["status"]: gr.skip()}  # a generator that ends without a word would empty its outputs
 
     # ---- the stack ----------------------------------------------------------------------------------------
 
@@ -218,9 +219,10 @@ class _Panel(Running):
     def slide(self, request: gr.Request, stack: Stack, *looks: Any) -> Iterator[dict]:
         """The slider is being dragged: a quick image, the stack as it was."""
         *looks, strength = looks
-        if stack.chosen is None or strength == stack.chosen.strength:
+        if stack.chosen is None:
+            yield {self.out["status"]: gr.skip()}
             return
-        moved = stack.strengthen(stack.picked, strength)
+        moved = stack if strength == stack.chosen.strength else stack.strengthen(stack.picked, strength)
         yield from self.picture(request, moved, *looks, quick=True)
         yield {self.out["status"]: f"Strength {strength:g}, a quick look; let go for all steps."}
 
@@ -261,7 +263,10 @@ class _Panel(Running):
     @_said
     def load(self, file: str, stack: Stack, *looks: Any) -> dict:
         """An edit file was given."""
-        edit, stack = read_edit(file), self.here(stack, looks)
+        try:
+            edit, stack = read_edit(file), self.here(stack, looks)
+        except RequestError as error:  # the person knows the file by its name, not by the server's folder
+            raise RequestError(str(error).replace(str(file), Path(file).name)) from error
         title = edit_form.name_of(edit.method, edit.concepts, edit.replacements, Path(file).name)
         added = stack.add(Entry(self.session.store.keep_edit(Path(file)), title))
         return self.show(added, looks, f"Loaded {Path(file).name}.")
@@ -299,7 +304,7 @@ class _Panel(Running):
             for found in self.pictures.rows(model, texts, numbers, stack, user):
                 if isinstance(found, tuple):
                     images = [
-                        (image, f"{label}, {when}")
+                        (image, f"{when}: {label}")
                         for label, *pair in zip(labels, *found, strict=True)
                         for image, when in zip(pair, PICTURES, strict=True)
                     ]

@@ -86,7 +86,7 @@ class Audit(Running):
         """The verdict, the figure and the images when all is there; until then what is known in words."""
         if not again or "verdict" not in result.values:
             return {}
-        images = [(result.images[n], n) for n in list(result.images)[:MOST_SHOWN]]
+        images = _pairs(result)
         return {
             self.out["text"]: str(result.values["verdict"]),
             self.out["figure"]: widgets.drawn_figure(recipe, result),
@@ -102,3 +102,17 @@ class Audit(Running):
     def ended(self, job: Job) -> dict[Any, Any]:
         """Nothing beyond the verdict."""
         return {}
+
+
+def _pairs(result: Result) -> list[tuple[Any, str]]:
+    """Images with captions, those of one prompt and seed side by side: before, after, and what was asked."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, image in result.images.items():
+        stem, _, when = name.rpartition("-")  # seed0-03-a-red-star-before
+        found.setdefault(stem, {})[when] = image
+    rows = []
+    for stem, pair in found.items():
+        seed, _, *words = stem.split("-")
+        said = f"{' '.join(words)}, {seed.replace('seed', 'seed ')}"
+        rows += [(image, f"{when}: {said}") for when, image in pair.items()]
+    return rows[:MOST_SHOWN]

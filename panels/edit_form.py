@@ -64,8 +64,10 @@ def form() -> dict[str, Any]:
 
 def examples(form: dict[str, Any], out: dict[str, Any]) -> None:
     """Edits to try, each with a prompt to look at."""
-    filled = [*(form[n] for n in ("concept", "replacement", "method")), out["prompt"]]
-    gr.Examples(EXAMPLES, filled, label="Examples", elem_id="edit-examples")
+    filled = [*(form[n] for n in ("concept", "replacement", "method")), out["prompt"], form["layers"]]
+    rows = [[*row, ""] for row in EXAMPLES]
+    named = [f"{was} → {becomes or 'nothing'} ({method})" for was, becomes, method, _ in EXAMPLES]
+    gr.Examples(rows, filled, label="Examples", elem_id="edit-examples", example_labels=named)
 
 
 def outputs() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
@@ -175,7 +177,8 @@ def finding(run: Run) -> str:
         parts.append(f"by {number(100 * values['relative_size'])} % of their size")
     layers = values.get("layers")
     where = f" Layers: {layers}." if layers and len(layers) < 160 else ""
-    return ", ".join(parts) + f".{where} Move the slider to see other strengths."
+    notes = "".join(f" Note: {w}" for w in values.get("warnings", []))
+    return ", ".join(parts) + f".{where} Move the slider to see other strengths.{notes}"
 
 
 def chosen_layers(text: str, n: int, names: tuple[str, ...]) -> set[int]:

@@ -51,6 +51,7 @@ _MAIN = {
     "neutral": "circle",
     "base": "",
 }
+_REPLACED = {"localize": EXAMPLES[0][1], "passport": "circle"}  # a whole prompt; what becomes of a concept
 _SHOWN = ("window", "granularity", "objective", "top")
 _SAMPLING = ("steps", "guidance", "metric", "target", "against")
 
@@ -163,9 +164,15 @@ class _Panel(Running):
         ready.success(None, out["handoff"], None, js=(ASSETS / "js" / "handoff.js").read_text())
 
     def switch(self, name: str) -> list[Any]:
-        """Another method was chosen: its own knobs show."""
+        """Another method was chosen: its own knobs show; those that mean another thing begin anew."""
         mine = widgets.knobs([find_method(name)])
-        return [gr.update(visible=knob in mine) for knob in self.switched]
+        anew = {"replacement": _REPLACED.get(name, "")}
+        if "templates" in mine:
+            anew["templates"] = "\n".join(mine["templates"][0].default or ())
+        return [
+            gr.update(visible=knob in mine, **({"value": anew[knob]} if knob in anew else {}))
+            for knob in self.switched
+        ]
 
     def recipe(self, given: dict[str, Any]) -> Recipe:
         """The recipe that the inputs describe."""

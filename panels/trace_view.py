@@ -36,7 +36,7 @@ def drawn(recipe: Recipe, result: Result, out: dict[str, Any], again: bool = Fal
     figure = figure_of(recipe, result)
     if figure.kind == "strip":
         pictures = [
-            (image, f"{row}, {col}")
+            (image, f"{col}, {row}" if recipe.method == "word-maps" else f"{row}, {col}")
             for row, images in zip(figure.data["rows"], figure.data["images"], strict=True)
             for col, image in zip(figure.data["cols"], images, strict=True)
         ]

@@ -53,7 +53,7 @@ def widget(
         return gr.Textbox(value="", placeholder="default", max_length=40, **common)
     if kind in (int, float):
         whole = 0 if kind is int else None
-        return gr.Number(value=value, minimum=meta["low"], maximum=meta["high"], precision=whole, **common)
+        return gr.Number(value=value, precision=whole, **common)  # the registry refuses what is out of range
     if kind is str and meta["choices"]:
         choices = [(c, c) for c in meta["choices"]]
         return gr.Dropdown(

@@ -152,6 +152,8 @@ def run_method(method: Method, argv: list[str]) -> int:
             print(json.dumps(as_record(run), ensure_ascii=False))
         if not given["json"] or out is None:
             print(where, file=sys.stderr if given["json"] else sys.stdout)
+        if finding := run.result.values.get("verdict") or run.result.values.get("finding"):
+            print(finding, file=sys.stderr)
     return 0
 
 

@@ -325,4 +325,5 @@ def test_save_without_an_edit_is_said(call: Call, lent: None, tmp_path: Path) ->
     file = tmp_path / "none.safetensors"
     given = ("attribute", "--concept", "star", "--ratio", "0", "--steps", "1", "--check", "0")
     code, _, err = call(*given, "--save", str(file), "--runs", str(tmp_path / "runs"))
-    assert code == 1 and "attribute made no edit file with these options" in " ".join(err) and not file.exists()
+    said = "attribute made no edit file with these options"
+    assert code == 1 and said in " ".join(err) and not file.exists()

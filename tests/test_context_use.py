@@ -93,10 +93,15 @@ def test_a_cut_that_random_tokens_match_does_not_count() -> None:
     assert verdict({"attribute": -0.6}, "b", control=-0.4)["reads"] == "unclear"
 
 
-def verdict(drops: dict, own: str, control: float) -> dict:
+def test_an_answer_that_is_not_the_models_own_has_no_verdict() -> None:
+    found = verdict({"attribute": -0.6}, "b", control=-0.01, model_own="c")
+    assert found["reads"] == "foreign" and "the model answers 'c'" in found["verdict"]
+
+
+def verdict(drops: dict, own: str, control: float, model_own: str = "a") -> dict:
     """The values after `judge` of an answer "a" whose cuts have these effects."""
     work = object.__new__(module._ContextUse)
-    work.answer = SimpleNamespace(word="a", probability=0.9)
+    work.answer = SimpleNamespace(word="a", probability=0.9, own=model_own)
     work.values = {"without_context_answer": own, "without_context_answer_probability": 0.5}
     work.cuts, work.report = {}, SimpleNamespace(partial=lambda result: None)
     work.conditions, work.traces = {}, {}

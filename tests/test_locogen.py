@@ -363,3 +363,9 @@ def test_a_stopped_search_keeps_what_was_measured(session: Any, atlas: Any) -> N
 def test_swaps_choose_a_text_for_every_layer() -> None:
     assert [s.label for s in windows(4, 3)] == ["0-2", "1-3"]
     assert Swap(2, 1, 2).choice(4) == [0, 2, 2, 0] and CLEAN.choice(3) == [0, 0, 0]
+
+
+def test_words_that_the_model_may_not_know_are_said(session: Any) -> None:
+    asked = {"prompt": "a zzqqxw star", "replacement": "a circle"}
+    run = session.run(Recipe("localize", "atlas-sd", asked, {"steps": 1, "screen": True}), save=False)
+    assert any("zzqqxw" in w for w in run.result.values["warnings"])

@@ -16,6 +16,7 @@ import numpy as np
 from studio.errors import RequestError
 from studio.measure import METRICS, standard_error
 from studio.methods.component_ablation import SCOPES, mask_edit, masks, ranked_share, ranks, unpack, zeroed
+from studio.methods.concept_pairs import warn_spelled
 from studio.methods.text_to_image import Bench, SamplingParams, ScoreParams, image_name, warn_lost_tokens
 from studio.registry import REQUIRED, knob, method
 from studio.types import Axis, Edit, Figure, Report, Result, Run, Trace
@@ -134,6 +135,7 @@ def attribute(
     """`attribution`, `attribution_sem`, `parameters` (component), `objective` (seed), `predicted`, `actual`,
     `actual_base_too` (ablation), `weight_rank` (row, column) uint8; the edit."""
     warn_lost_tokens(model, [inputs.concept, inputs.base], report)
+    warn_spelled(model, (inputs.concept, inputs.base), report)
     work = _Attribution(model, inputs, params, seeds, report)
     work.take_gradients()
     work.make_edit()

@@ -233,7 +233,9 @@ class _ContextUse:
         }
         own = self.values["without_context_answer"]
         kind = (
-            "both"
+            "foreign"
+            if self.answer.word != self.answer.own
+            else "both"
             if counts["attribute"] and counts["subject"]
             else "context"
             if counts["attribute"]
@@ -248,6 +250,12 @@ class _ContextUse:
         self.report.partial(self.result())
 
     def _sentence(self, drops: dict, own: str, kind: str) -> str:
+        if kind == "foreign":
+            return (
+                f"{self.answer.word!r} has a probability of {self.answer.probability:.2g}; the model answers "
+                f"{self.answer.own!r}. What an answer rests on can be told only of the model's own."
+            )
+
         def told(group: str) -> str:
             (last, _), (later, control) = drops["last", group], drops["later", group]
             beside = f"; as many random tokens {abs(min(0.0, control)):.0%}" if np.isfinite(control) else ""

@@ -14,6 +14,7 @@ import numpy as np
 
 from studio.errors import RequestError
 from studio.measure import nested_bootstrap, ratio_of_means, standard_error
+from studio.methods.concept_pairs import warn_spelled
 from studio.methods.direct_effect import CLEAN, TRUSTED, Search, mean_known, windows
 from studio.methods.text_to_image import Bench, Inner, SamplingParams, ScoreParams, warn_lost_tokens
 from studio.registry import REQUIRED, knob, method
@@ -161,6 +162,7 @@ def localize(
     bench = Bench.of(model, params, inputs.prompt, scorer, report)
     texts = (inputs.prompt, inputs.replacement, *(inputs.paraphrase or paraphrases(inputs.prompt)))
     warn_lost_tokens(model, texts, report)
+    warn_spelled(model, tuple(texts), report)
     search = Search(bench, texts, params, seeds)
     if params.grow is not None:
         search.grow(params.grow, params.window or 1)

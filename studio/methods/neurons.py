@@ -15,7 +15,7 @@ import numpy as np
 
 from studio.edits import overlay
 from studio.errors import RequestError, StudioError
-from studio.methods.concept_pairs import TEMPLATES, Place
+from studio.methods.concept_pairs import TEMPLATES, Place, warn_spelled
 from studio.methods.edit import output_change
 from studio.methods.edit_request import layer_names
 from studio.methods.text_to_image import Bench, SamplingParams, ScoreParams, image_name
@@ -240,6 +240,7 @@ def neurons(
 ) -> Result:
     """`z_score`, `concept_mean`, `neutral_mean` (unit); with --top the edit, and `before`, `after` (seed)."""
     concept, neutral = inputs.concept.strip(), inputs.neutral.strip()
+    warn_spelled(model, (concept, neutral), report)
     layers = _layers(model, concept, neutral, params, scorer, report)
     asked = (concept, neutral, layers, params.templates, params.position)
     units = unit_statistics(model, *asked)
