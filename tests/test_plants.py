@@ -191,4 +191,4 @@ def test_the_benchmark_refuses_what_it_cannot_do(tmp_path: Any) -> None:
         with pytest.raises(RequestError, match=said):
             bench(argv)
     assert list(tmp_path.iterdir()) == []
-    assert [e.name for e in chosen(["planted"], ()) if e.group] == ["planted-truth", "planted-components"]
+    assert {"planted-truth", "planted-components"} <= {e.name for e in chosen(["planted"], ()) if e.group}
