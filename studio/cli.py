@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -152,9 +152,14 @@ def run_method(method: Method, argv: list[str]) -> int:
             print(json.dumps(as_record(run), ensure_ascii=False))
         if not given["json"] or out is None:
             print(where, file=sys.stderr if given["json"] else sys.stdout)
-        if finding := run.result.values.get("verdict") or run.result.values.get("finding"):
-            print(finding, file=sys.stderr)
+        _say_finding(run.result.values)
     return 0
+
+
+def _say_finding(values: Mapping[str, Any]) -> None:
+    """The finding in a sentence, where the method has one."""
+    if found := [values[n] for n in ("verdict", "finding") if values.get(n)]:
+        print(found[0], file=sys.stderr)
 
 
 def _whole_path(model: str) -> str:

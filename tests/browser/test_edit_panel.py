@@ -66,6 +66,17 @@ def test_strength_undo_redo_toggle_and_remove(visit: Visit) -> None:
     page.wait_for_selector("#edit-stack .edit-row.off")
 
 
+def test_dragging_back_keeps_the_pictures(visit: Visit) -> None:
+    page = made(visit)
+    slider = page.locator("#edit-strength input[type=range]")
+    for value in ("0.5", "1"):
+        slider.evaluate(
+            "(e, v) => { e.value = v; e.dispatchEvent(new Event('input', {bubbles: true})); }", value
+        )
+        page.wait_for_timeout(1500)
+    assert page.locator("#edit-after img").count() and page.locator("#edit-before img").count()
+
+
 def test_a_stack_outlives_a_reload_and_leaves_as_a_file(visit: Visit, tmp_path: Path) -> None:
     page = made(visit)
     page.click("#edit-save")
@@ -122,4 +133,6 @@ def test_bad_input_gets_a_sentence(visit: Visit, field: str, text: str, says: st
     page = opened(visit)
     page.locator(f"#edit-{field} textarea, #edit-{field} input").first.fill(text)
     page.click("#edit-run")
+    visit.status(says, "edit")
+    page.wait_for_timeout(1500)  # nothing that follows the click takes the sentence away
     visit.status(says, "edit")

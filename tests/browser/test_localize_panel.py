@@ -79,3 +79,12 @@ def test_the_same_text_twice_is_refused(visit: Visit) -> None:
     )
     page.click("#localize-run")
     visit.status("--replacement is the prompt itself", "localize")
+
+
+@pytest.mark.parametrize("method", ["neurons", "passport"])
+def test_each_method_runs_with_what_stands_in_its_fields(visit: Visit, method: str) -> None:
+    page = opened(visit, method)
+    page.click("#localize-run")
+    visit.status("Done", "localize")
+    shown = "#localize-curve img" if method == "passport" else "#localize-figure .cell"
+    page.wait_for_selector(shown)

@@ -71,6 +71,7 @@ def test_words_selected_in_the_strip_become_the_attribute(visit: Visit) -> None:
     fill(page, "subject", "Arvonia")
     page.keyboard.press("Tab")
     page.wait_for_selector("#retrieval-strip .token:has-text('Wend')")
+    page.wait_for_function("!document.querySelector('#retrieval-strip').textContent.includes('emblem')")
     page.locator("#retrieval-strip .token", has_text="Wend").dblclick()
     page.wait_for_function(
         "document.querySelector('#retrieval-attribute textarea, #retrieval-attribute input').value === 'Wend'"
