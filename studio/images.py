@@ -11,7 +11,7 @@ import hashlib
 import struct
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +69,17 @@ def labels(files: Sequence[Path]) -> tuple[str, ...]:
         counts[name] = counts.get(name, 0) + 1
         found.append(name if counts[name] == 1 else f"{name} ({counts[name]})")
     return tuple(found)
+
+
+def read_images(files: Sequence[Path], warn: Callable[[str], None]) -> list[np.ndarray]:
+    """Images (H, W, 3) uint8 of files; what was left out of one is said through `warn`."""
+    found = []
+    for file in files:
+        pixels, note = read_image(file)
+        found.append(pixels)
+        if note:
+            warn(note)
+    return found
 
 
 def read_image(file: Path) -> tuple[np.ndarray, str]:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from studio.errors import RequestError
-from studio.images import image_files, labels, read_image
+from studio.images import image_files, labels, read_image, read_images
 from studio.methods.component_choice import Choice, first_components
 from studio.methods.component_roles import read_features
 from studio.registry import REQUIRED, knob, method
@@ -255,13 +255,7 @@ class _Ablate:
         """Answers for some images."""
         from studio.models.ablation import ablated
 
-        images = []
-        for file in files:
-            image, note = read_image(file)
-            images.append(image)
-            if note:
-                self.report.warn(note)
-        pixels = self.model.pixels(images)
+        pixels = self.model.pixels(read_images(files, self.report.warn))
         parts = self.space.whole.run(pixels)
         z = self.space.total(parts).double().cpu()
         states = [z, self._without(parts, z)]

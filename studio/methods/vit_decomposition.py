@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from studio.errors import RequestError, StudioError
-from studio.images import image_files, labels, read_image
+from studio.images import image_files, labels, read_images
 from studio.registry import REQUIRED, knob, method
 from studio.types import Axis, Figure, Report, Result, Run, Trace
 
@@ -233,13 +233,7 @@ class _Decompose:
         """Decomposes some images in one forward."""
         import torch
 
-        images = []
-        for file in files:
-            pixels, note = read_image(file)
-            images.append(pixels)
-            if note:
-                self.report.warn(note)
-        pixels = self.model.pixels(images)
+        pixels = self.model.pixels(read_images(files, self.report.warn))
         parts = self.whole.run(pixels, self.question)
         self._check_sum(parts)
         found = parts.components if self.aligner is None else self.aligner.components(parts)

@@ -25,6 +25,43 @@ class Model(Protocol):
         """Memory of the weights."""
 
 
+class FromSource:
+    """What a model knows of itself by where it came from (`source`, see models/loading.py)."""
+
+    source: Any
+
+    @property
+    def id(self) -> str:
+        """The name that it was asked for by."""
+        return self.source.name
+
+    @property
+    def family(self) -> str:
+        """The family's name, as models/loading.py tells it from the configuration."""
+        return self.source.family
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the weights as stored (contract)."""
+        return self.source.fingerprint
+
+
+class OneNetwork(FromSource):
+    """A model whose weights are one network, `net`, under no name."""
+
+    net: Any
+
+    def components(self) -> dict[str, Any]:
+        """The whole model."""
+        return {"": self.net}
+
+    def nbytes(self) -> int:
+        """Memory of the weights."""
+        from studio.models.loading import parameter_bytes
+
+        return parameter_bytes(self.net)
+
+
 def self_check(model: Any) -> None:
     """StudioError for a model whose weights are no numbers or not all there, or that does not react where
     methods will touch it.

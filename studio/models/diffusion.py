@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from studio.errors import RequestError
+from studio.models.base import FromSource
 from studio.models.hooks import Tape, watch
 from studio.models.loading import Source, parameter_bytes
 from studio.models.sampling import Conditioning, Plan, denoise, first_latents, guided, raw_output
@@ -29,7 +30,7 @@ from studio.models.tokens import TokenRow, find_span
 from studio.types import Patch, Site
 
 
-class DiffusionModel:
+class DiffusionModel(FromSource):
     """A loaded pipeline of diffusers: its parts, and the operations that methods are made of.
 
     Text encoders are the parts "text" and, for SDXL, "text2"; everything is in evaluation mode and needs no
@@ -47,21 +48,6 @@ class DiffusionModel:
         for module in self.components().values():
             module.eval().requires_grad_(False)
         self.vae_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-
-    @property
-    def id(self) -> str:
-        """The name that it was asked for by."""
-        return self.source.name
-
-    @property
-    def family(self) -> str:
-        """sd1, sd2 or sdxl."""
-        return self.source.family
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the weights as stored (contract)."""
-        return self.source.fingerprint
 
     @property
     def provides(self) -> frozenset[str]:

@@ -17,8 +17,9 @@ from torch import nn
 
 from studio.errors import RequestError, StudioError
 from studio.models.attention_interface import Visits, attention_interface
+from studio.models.base import OneNetwork
 from studio.models.hooks import watch
-from studio.models.loading import Source, loaded_bytes, parameter_bytes
+from studio.models.loading import Source, loaded_bytes
 from studio.models.sites import (
     LANGUAGE_KINDS,
     LANGUAGE_LAYOUTS,
@@ -53,7 +54,7 @@ class Prompt:
         return tuple(i for i, (a, b) in enumerate(self.offsets) if a == b)
 
 
-class LanguageModel:
+class LanguageModel(OneNetwork):
     """A causal language model from a folder, in evaluation mode and without gradients, with its tokenizer.
 
     `blocks` are its layers, `embedding` the token embedding, `final_norm` and `head` what follows the last
@@ -90,29 +91,6 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         """The number type of the weights."""
         return self.embedding.weight.dtype
-
-    @property
-    def id(self) -> str:
-        """The name that it was asked for by."""
-        return self.source.name
-
-    @property
-    def family(self) -> str:
-        """transformers' model_type."""
-        return self.source.family
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the weights as stored (contract)."""
-        return self.source.fingerprint
-
-    def components(self) -> dict[str, nn.Module]:
-        """The whole model, under no name."""
-        return {"": self.net}
-
-    def nbytes(self) -> int:
-        """Memory of the weights."""
-        return parameter_bytes(self.net)
 
     # ---- parts ------------------------------------------------------------------------------------------
 

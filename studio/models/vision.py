@@ -11,10 +11,11 @@ import torch
 from PIL import Image
 
 from studio.errors import StudioError
-from studio.models.loading import Source, loaded_bytes, parameter_bytes
+from studio.models.base import OneNetwork
+from studio.models.loading import Source, loaded_bytes
 
 
-class ClipModel:
+class ClipModel(OneNetwork):
     """An open_clip or transformers CLIP from a folder. `scale` is its logit scale (the inverse
     temperature)."""
 
@@ -35,29 +36,6 @@ class ClipModel:
         self.net.to(self.device).eval().requires_grad_(False)
         self.scale = float(self.net.logit_scale.exp())
         self._texts = lru_cache(maxsize=512)(self._text)
-
-    @property
-    def id(self) -> str:
-        """The name that it was asked for by."""
-        return self.source.name
-
-    @property
-    def family(self) -> str:
-        """open_clip or clip (transformers)."""
-        return self.source.family
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the weights as stored (contract)."""
-        return self.source.fingerprint
-
-    def components(self) -> dict[str, torch.nn.Module]:
-        """The whole model, under no name."""
-        return {"": self.net}
-
-    def nbytes(self) -> int:
-        """Memory of the weights."""
-        return parameter_bytes(self.net)
 
     @property
     def preprocess(self) -> Any:

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import nn
 
 from studio.errors import StudioError
-from studio.models.loading import Source, component_files, loaded_bytes, parameter_bytes
+from studio.models.base import OneNetwork
+from studio.models.loading import Source, component_files, loaded_bytes
 from studio.models.vit_layouts import Layout, transformers_layout
 from studio.models.vit_timm import open_clip_layout, timm_layout
 
@@ -62,7 +63,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
     return made
 
 
-class VisionModel:
+class VisionModel(OneNetwork):
     """A vision transformer of a folder. `clip`: the CLIP whose image tower it is, None for other models.
 
     StudioError when the folder's files do not fit one another or the weights are not all there.
@@ -84,29 +85,6 @@ class VisionModel:
                 f"{source.name} can't be loaded: its files do not fit one another ({first})."
             ) from error
         self.net.to(self.device, dtype).eval().requires_grad_(False)
-
-    @property
-    def id(self) -> str:
-        """The name that it was asked for by."""
-        return self.source.name
-
-    @property
-    def family(self) -> str:
-        """timm, open_clip, clip, siglip or the transformers model type."""
-        return self.source.family
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the weights as stored (contract)."""
-        return self.source.fingerprint
-
-    def components(self) -> dict[str, nn.Module]:
-        """The whole model, under no name."""
-        return {"": self.net}
-
-    def nbytes(self) -> int:
-        """Memory of the weights."""
-        return parameter_bytes(self.net)
 
     def pixels(self, images: Sequence[np.ndarray]) -> torch.Tensor:
         """(N, 3, H, W) on the device of images (H, W, 3) uint8, by the model's own preprocessing."""

@@ -9,6 +9,7 @@ Decomposing and Interpreting Image Representations via Text in ViTs Beyond CLIP,
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any
@@ -89,7 +90,7 @@ def project(linear: Linear, matrix: torch.Tensor) -> torch.Tensor:
     return matrix if linear[0] is None else matrix @ linear[0].detach().cpu().double()
 
 
-class Path:
+class Path(ABC):
     """Base of all paths. `watched`: modules whose input is needed; `starts`: norms of branches within the
     path; `given`: modules whose output is needed."""
 
@@ -98,29 +99,29 @@ class Path:
     given: tuple[nn.Module, ...] = ()
     projection: Linear = (None, None)
 
+    @abstractmethod
     def maps(self) -> list[torch.Tensor]:
         """By stage (classes, width, dim) float64: what a vector there becomes in the representation."""
-        raise NotImplementedError
 
     def known(self, places: int, like: torch.Tensor) -> torch.Tensor | None:
         """Weights (1, places, 1) before the forward, up to a factor of the image; None when they are not."""
         return None
 
     def factor(self, seen: Seen) -> torch.Tensor:
-        """(images,) what `known` is multiplied by."""
-        raise NotImplementedError
+        """(images,), or (1,) for all of them, what `known` is multiplied by; 1 where it is the weights."""
+        return torch.ones(1)
 
+    @abstractmethod
     def weights(self, seen: Seen) -> list[torch.Tensor]:
         """By stage (images, *grid, classes) float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def constants(self, seen: Seen, weights: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         """Components (images, dim) that the path itself adds, by label; `norm.bias` is always there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def changes(self) -> dict[nn.Module, Change]:
         """What makes the path linear in a forward: for the adjoint."""
-        raise NotImplementedError
 
     def _projected_bias(self, found: dict[str, torch.Tensor], like: torch.Tensor) -> dict[str, torch.Tensor]:
         """The constants with the projection's bias, if it has one, all on the device of the images."""
