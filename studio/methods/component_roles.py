@@ -18,6 +18,7 @@ import numpy as np
 
 from studio.errors import RequestError
 from studio.images import image_files
+from studio.methods.component_params import SpaceParams
 from studio.methods.text_span import bank_texts
 from studio.registry import REQUIRED, knob, method
 from studio.types import Axis, Figure, Report, Result, Run, Trace
@@ -51,13 +52,8 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Params:
+class Params(SpaceParams):
     """In whose space."""
-
-    clip: str | None = knob(None, "CLIP whose texts are used; default the model itself if it is one")
-    aligner: str | None = knob(
-        None, "file of `locus align` that maps this model's components into the CLIP's space", paths=True
-    )
 
 
 def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:

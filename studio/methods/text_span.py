@@ -19,6 +19,7 @@ import numpy as np
 
 from studio.errors import RequestError
 from studio.images import image_files
+from studio.methods.component_params import SpaceParams
 from studio.registry import REQUIRED, knob, method
 from studio.types import Axis, Figure, Report, Result, Run, Trace
 
@@ -43,13 +44,9 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Params:
+class Params(SpaceParams):
     """In whose space, and how many texts."""
 
-    clip: str | None = knob(None, "CLIP whose texts are used; default the model itself if it is one")
-    aligner: str | None = knob(
-        None, "file of `locus align` that maps this model's components into the CLIP's space", paths=True
-    )
     length: int = knob(8, "texts of a head at most", low=1, high=200)
     rank: int | None = knob(
         None, "main directions of a head that are kept; default and at most the head size", low=1, high=4096

@@ -19,6 +19,7 @@ import numpy as np
 from studio.errors import RequestError
 from studio.images import image_files, labels, read_image, read_images
 from studio.methods.component_choice import Choice, first_components
+from studio.methods.component_params import SpaceParams
 from studio.methods.component_roles import read_features
 from studio.registry import REQUIRED, knob, method
 from studio.types import Axis, Figure, Report, Result, Run, Trace
@@ -68,7 +69,7 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Params:
+class Params(SpaceParams):
     """What is taken away, and in whose space."""
 
     components: tuple[str, ...] | None = knob(
@@ -79,10 +80,6 @@ class Params:
     )
     top: int | None = knob(None, "how many, for --feature; default 10", low=1, high=10_000)
     downstream: bool = knob(True, "also the true ablation, with all that comes after (one more forward)")
-    clip: str | None = knob(None, "CLIP whose texts are used; default the model itself if it is one")
-    aligner: str | None = knob(
-        None, "file of `locus align` that maps this model's components into the CLIP's space", paths=True
-    )
 
 
 def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from studio.errors import RequestError, StudioError
 from studio.images import image_files, labels, read_images
+from studio.methods.component_params import SpaceParams
 from studio.registry import REQUIRED, knob, method
 from studio.types import Axis, Figure, Report, Result, Run, Trace
 
@@ -40,17 +41,13 @@ class Inputs:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Params:
+class Params(SpaceParams):
     """In whose space, and how fine."""
 
     granularity: str = knob(
         "head",
         "how fine: layer, head, or head and also every key token's score",
         choices=("layer", "head", "token"),
-    )
-    clip: str | None = knob(None, "CLIP whose texts are used; default the model itself if it is one")
-    aligner: str | None = knob(
-        None, "file of `locus align` that maps this model's components into the CLIP's space", paths=True
     )
     heads: tuple[str, ...] | None = knob(
         None, "heads whose key tokens are scored, such as block.3.head.1; default all", advanced=True
