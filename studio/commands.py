@@ -240,6 +240,8 @@ def _swept(file: str, given: dict[str, Any], counts: dict[str, int | None]) -> d
 
     read, out = read_sweep(file, counts["limit"]), Path(given["out"]).expanduser()
     check_out(out, read)
+    if read.unused:
+        _warn(f"{read.method.name} has no use for the rows' {', '.join(read.unused)}.")
     only_checks = {"device": "cpu", "dtype": "auto"} if given.get("engine", "local") != "local" else {}
     with contextlib.closing(new_session({**given, **only_checks})) as here:
         asked = recipes(read, here.checked, DEFAULT_MODELS)

@@ -15,14 +15,14 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from studio.edit_files import split_entry
 from studio.errors import RequestError
 from studio.models.catalog import CATALOG
-from studio.registry import Method, find_method, parse_seeds
+from studio.registry import Method, find_method, load_methods, parse_seeds
 from studio.types import Recipe
 
 MOST_RUNS = 1000  # of a sweep, unless --limit says otherwise
@@ -54,11 +54,12 @@ class Point:
 @dataclass(frozen=True)
 class Sweep:
     """A read sweep file: its runs in order, the rows of a combination one after the other. `key` tells it
-    from every other sweep."""
+    from every other sweep; `unused`: columns of the rows that only other methods have."""
 
     method: Method
     points: tuple[Point, ...]
     key: str
+    unused: tuple[str, ...] = ()
 
 
 def read_sweep(path: str, limit: int | None = None) -> Sweep:
@@ -75,11 +76,13 @@ def read_sweep(path: str, limit: int | None = None) -> Sweep:
     if twice := sorted(params.keys() & grid.keys()):
         raise RequestError(f"{twice[0]!r} stands in `params` and in `grid` of {path}; keep one of them.")
     rows = _rows(content.get("rows"), file, grid)
+    unused = _unused(method, rows)
+    rows = [(line, {k: v for k, v in row.items() if k not in unused}) for line, row in rows]
     count = math.prod(map(len, grid.values())) * len(rows)
     _check_count(count, limit)
     points = tuple(_points(params, grid, rows, file.parent))
     whole = json.dumps([method.name, [p.asked for p in points]], sort_keys=True)
-    return Sweep(method, points, hashlib.sha256(whole.encode()).hexdigest())
+    return Sweep(method, points, hashlib.sha256(whole.encode()).hexdigest(), unused)
 
 
 def recipes(
@@ -218,6 +221,18 @@ def _rows(given: Any, file: Path, grid: Mapping[str, Any]) -> list[tuple[int | N
     if not found:
         raise RequestError(f"{source} holds no line; write one set of parameters a line.")
     return found
+
+
+def _unused(method: Method, rows: list[tuple[int | None, dict[str, Any]]]) -> tuple[str, ...]:
+    """Columns of the rows that are another method's: one file of prompts serves several methods. A name that
+    no method has stays, and is refused with the rest of what is wrong."""
+    own, others = _names(method), set().union(*(_names(m) for m in load_methods().values()))
+    columns = {name for _, row in rows for name in row}
+    return tuple(sorted((columns & others) - own))
+
+
+def _names(method: Method) -> set[str]:
+    return {f.name for record in (method.inputs, method.params) for f in fields(record)}
 
 
 def _check_count(count: int, limit: int | None) -> None:

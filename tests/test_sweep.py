@@ -136,6 +136,20 @@ def test_a_row_overrides_what_all_share_and_hyphens_are_underscores(session: Any
     assert (two.inputs["prompt"], two.inputs["subject_occurrence"]) == ("a cube and a cube", 2)
 
 
+def test_one_file_of_prompts_serves_methods_with_different_inputs(session: Any, tmp_path: Path) -> None:
+    rows = '{"prompt": "a red star", "replacement": "a cube", "counterfactual": "blue", "window": 2}\n'
+    sweep = read_sweep(write(tmp_path, "method: localize\nrows: rows.jsonl\n", rows))
+    assert sweep.unused == ("counterfactual",) and asked(sweep, session)[0].params["window"] == 2
+    typo = read_sweep(
+        write(tmp_path, "method: localize\nrows: rows.jsonl\n", rows.replace("window", "windw"))
+    )
+    with pytest.raises(RequestError, match="windw"):
+        asked(typo, session)
+    with pytest.raises(RequestError, match="counterfactual"):  # in `params` it is meant for this method
+        text = "method: localize\nparams: {counterfactual: x}\nrows: rows.jsonl\n"
+        asked(read_sweep(write(tmp_path, text, rows)), session)
+
+
 def test_files_beside_the_sweep_are_found(session: Any, atlas: Any, tmp_path: Path) -> None:
     from tests.test_session import edit_file
 
