@@ -13,6 +13,7 @@ from typing import Any
 
 import gradio as gr
 
+from panels.words import help_of, in_words, label_of
 from studio.errors import Cancelled, StudioError
 from studio.exports import export, new_folder
 from studio.figures import to_bytes
@@ -42,11 +43,9 @@ def widget(
     meta = f.metadata
     default = None if f.default is REQUIRED else f.default
     value = default if value is None else value
-    help_ = (
-        meta["help"][0].upper() + meta["help"][1:] + (f", in {meta['unit']}" if meta["unit"] else "") + "."
-    )
-    label = name.replace("_", " ").capitalize()
-    common = {"label": label, "elem_id": f"{panel}-{name}", "info": help_, **options}
+    several = kind not in (int, float, str, bool) and not meta["choices"]
+    said = {"label": label_of(name), "info": help_of(f, several)}
+    common = {**said, "elem_id": f"{panel}-{name}", **options}
     if kind is bool:
         return gr.Checkbox(value=bool(value), **common)
     if kind in (int, float) and value is None:  # an empty Number would come back as its minimum
@@ -63,7 +62,6 @@ def widget(
         return gr.Textbox(value=value or "", max_length=20_000, **common)
     if meta["choices"]:
         return gr.CheckboxGroup(choices=list(meta["choices"]), value=list(value or ()), **common)
-    common["info"] = f"{help_[:-1]}; one a line."
     return gr.Textbox(value="\n".join(value or ()), lines=2, max_lines=8, **common)
 
 
@@ -232,14 +230,15 @@ def status(job: Job, position: int) -> str:
         return sentence(job.error)
     took = f" in {job.run.seconds:.1f} s" if job.run else ""
     return f"{'Done' if job.state == 'done' else 'Stopped; what was measured is kept'}{took}." + "".join(
-        f" Note: {w}" for w in (job.run.result.values.get("warnings", []) if job.run else job.warnings)
+        f" Note: {in_words(w)}"
+        for w in (job.run.result.values.get("warnings", []) if job.run else job.warnings)
     )
 
 
 def sentence(error: BaseException | None) -> str:
-    """What a person is told of an error."""
+    """What a person is told of an error, in the page's words."""
     if isinstance(error, StudioError):
-        return str(error)
+        return in_words(str(error))
     return (
         f"Something went wrong inside ({type(error).__name__}); the studio's log has the details. Your "
         f"inputs are kept."

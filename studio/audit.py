@@ -168,7 +168,7 @@ def verdict(concept: str, findings: Sequence[Finding]) -> str:
     if not known:
         return (
             f"It can't be told whether the edit works: “{concept}” and its replacement score alike before "
-            "it, so take another --replacement, --scorer or more seeds."
+            "it; take another replacement, another scorer or more seeds."
         )
     least = min((f.efficacy for f in known), key=lambda s: s.mean)
     most = max((f.leak for f in known if f.leak.known), key=lambda s: abs(s.mean), default=Spread())

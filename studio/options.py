@@ -118,6 +118,7 @@ def _declared(f: dataclasses.Field, kind: Any) -> tuple[str, Option]:
     shape = bool if kind is bool else list if meta["repeat"] else words
     metavar = {int: "INT", float: "NUMBER", str: "TEXT"}.get(kind, "A,B" if meta["commas"] else "TEXT")
     metavar = "FILE" if meta["lines"] else metavar
+    help_ += "; give it again for more" * meta["repeat"] + "; or a file with one a line" * meta["lines"]
     default = "" if f.default in (None, "") or required else ",".join(f.default) if many else str(f.default)
     return f.name, (shape, metavar, ("required: " if required else "") + help_, default)
 

@@ -399,9 +399,9 @@ WRONG = {
     "empty neighbour": ({"neighbours": ["a moon", " "]}, "--neighbours holds an empty text"),
     "template": (
         {"templates": ["a photo"]},
-        "--templates: 'a photo' is no file, and as a text it needs {} once",
+        "--templates: 'a photo' needs {} once",
     ),
-    "paraphrase": ({"paraphrases": ["{} {}"]}, "--paraphrases: '{} {}' is no file"),
+    "paraphrase": ({"paraphrases": ["{} {}"]}, "--paraphrases: '{} {}' needs {} once"),
     "itself": ({"replacement": "STAR "}, "--replacement is the concept itself"),
     "strengths": ({"strengths": "1,much"}, "--strengths must be numbers from -100 to 100 with commas"),
     "strengths NaN": ({"strengths": "1,nan"}, "--strengths must be numbers"),

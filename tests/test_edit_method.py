@@ -307,7 +307,7 @@ WRONG = {
     "preserved": ({"preserve": ["moon", "star"]}, "'star' can't be edited and preserved"),
     "preserves nothing": ({"preserve": [" "]}, "--preserve is empty"),
     "no method": ({"method": "ucee"}, "did you mean 'uce'?"),
-    "template": ({"templates": ["a photo"]}, "'a photo' is no file, and as a text it needs {} once"),
+    "template": ({"templates": ["a photo"]}, "'a photo' needs {} once, where the concept stands"),
     "strength NaN": ({"strength": "nan"}, "--strength must be a number"),
     "strength 0": ({"strength": 0}, "--strength 0 would change nothing"),
     "strength": ({"strength": 1e9}, "--strength must be from -100 to 100"),

@@ -323,7 +323,7 @@ class Silent:
         ({"replacement": ""}, "--replacement is empty"),
         ({"paraphrase": [PROMPT]}, "--paraphrase must say"),
         ({"screen": True, "grow": 0.5}, "leave one of them out"),
-        ({"order": "screen", "hint": False}, "leave --no-hint out"),
+        ({"order": "screen", "hint": False}, "turned off; turn it on, or take another --order"),
         ({"window": 11}, "--window 11 is more than the 10 cross-attention layers of atlas-sd"),
         ({"window": 0}, "at least 1"),
         ({"grow": 1.5}, "from 0 to 1"),

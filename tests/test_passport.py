@@ -217,7 +217,7 @@ WRONG = {
         {"held_out": ["{}", "a photo of {}"]},
         "is localized and audited with; --held-out must be other",
     ),
-    "template": ({"templates": ["star"]}, "--templates: 'star' is no file"),
+    "template": ({"templates": ["star"]}, "--templates: 'star' needs {} once"),
     "window": ({"window": 0}, "--window must be at least 1"),
     "window NaN": ({"window": "nan"}, "--window must be a whole number"),
     "randoms": ({"randoms": -1}, "--randoms must be from 0"),

@@ -22,7 +22,7 @@ from studio.audit import (
 )
 from studio.errors import RequestError
 from studio.measure import Question, standard_error
-from studio.methods.concept_pairs import TEMPLATES, warn_spelled
+from studio.methods.concept_pairs import TEMPLATES, check_templates, warn_spelled
 from studio.methods.direct_effect import none_if_nan
 from studio.methods.text_to_image import Bench, SamplingParams, ScoreParams, image_name, warn_lost_tokens
 from studio.methods.witness import (
@@ -31,7 +31,6 @@ from studio.methods.witness import (
     SECOND,
     Witness,
     check_others,
-    check_templates,
     far,
     filled,
     others,
@@ -55,13 +54,13 @@ class Inputs:
     )
     paraphrases: tuple[str, ...] = knob(
         PARAPHRASES,
-        "more prompts that show the concept, which the edit was not made with, {} in its place; a file",
+        "more prompts that show the concept, which the edit was not made with, {} in its place",
         commas=False,
         lines=True,
     )
     unrelated: tuple[str, ...] | None = knob(
         None,
-        "prompts that have nothing to do with the concept; a file, one a line (default: three built-in ones)",
+        "prompts that have nothing to do with the concept (default: three built-in ones)",
         commas=False,
         lines=True,
     )
@@ -72,10 +71,7 @@ class Params(SamplingParams, ScoreParams):
     """How it is looked at."""
 
     templates: tuple[str, ...] = knob(
-        TEMPLATES[:2],
-        "prompts around the concept, {} in its place; a file, one a line",
-        repeat=True,
-        lines=True,
+        TEMPLATES[:2], "prompts around the concept, {} in its place", repeat=True, lines=True
     )
     strengths: str | None = knob(
         None, f"also draw efficacy against leak at these factors of the edit's strength, such as {STRENGTHS}"

@@ -37,14 +37,14 @@ class Inputs:
     )
     features: tuple[str, ...] | None = knob(
         None,
-        "features, each as NAME: TEXT | TEXT | …, or one text alone; a file holds one a line; default, for "
+        "features, each as NAME: TEXT | TEXT | …, or one text alone; default, for "
         "atlas-clip alone: the five attributes of the Atlas world",
         commas=False,
         lines=True,
     )
     bank: tuple[str, ...] | None = knob(
         None,
-        "texts whose mean is the centre of all texts; a file holds one a line; default, for atlas-clip "
+        "texts whose mean is the centre of all texts; default, for atlas-clip "
         "alone: a bank of the Atlas world",
         commas=False,
         lines=True,

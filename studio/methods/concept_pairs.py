@@ -8,7 +8,8 @@ which is the start token where nothing stands before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,6 +85,20 @@ class Place:
     def beside(self, count: int) -> list[int]:
         """`count` positions that pair with another place's: the last is taken again where there are fewer."""
         return [self.positions[min(i, len(self.positions) - 1)] for i in range(count)]
+
+
+def check_no_file(option: str, text: str) -> None:
+    """RequestError for a text that is the name of a file which is not there."""
+    if re.fullmatch(r"\S+\.(txt|csv|tsv|md|list|jsonl?)", text.strip()):
+        raise RequestError(f"{option}: there is no file {text.strip()[:120]}.")
+
+
+def check_templates(option: str, given: Sequence[str]) -> None:
+    """RequestError for a text without {} or with two."""
+    for text in given:
+        check_no_file(option, text)
+        if text.count("{}") != 1:
+            raise RequestError(f"{option}: {text[:60]!r} needs {{}} once, where the concept stands.")
 
 
 def check_readable(model: Any, text: str) -> None:

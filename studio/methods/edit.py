@@ -28,18 +28,14 @@ MOST_DRAWN = 8  # concepts
 class Inputs:
     """Which concepts become what, and what stays."""
 
-    concept: tuple[str, ...] = knob(
-        REQUIRED, "the concept to edit (repeat the option for more)", repeat=True, commas=False
-    )
+    concept: tuple[str, ...] = knob(REQUIRED, "the concept to edit", repeat=True, commas=False)
     replacement: tuple[str, ...] | None = knob(
         None,
-        'what the concept becomes, "" to erase it; as many as concepts, or several guides for one concept',
+        "what the concept becomes, empty to erase it; as many as concepts, or several guides for one concept",
         repeat=True,
         commas=False,
     )
-    preserve: tuple[str, ...] | None = knob(
-        None, "a text that must stay as it is (repeat the option for more)", repeat=True, commas=False
-    )
+    preserve: tuple[str, ...] | None = knob(None, "a text that must stay as it is", repeat=True, commas=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +50,7 @@ class Params(SamplingParams, ScoreParams):
         repeat=True,
     )
     templates: tuple[str, ...] = knob(
-        TEMPLATES, "texts around a concept, {} in its place; a file, one a line", repeat=True, lines=True
+        TEMPLATES, "texts around a concept, {} in its place", repeat=True, lines=True
     )
     positions: str | None = knob(
         None,

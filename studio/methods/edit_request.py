@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from studio.errors import RequestError
+from studio.methods.concept_pairs import check_templates
 from studio.types import Edit
 
 MOST_PROMPTS = 4096  # concepts, guides and preserved texts in all templates
@@ -26,12 +27,7 @@ def check_request(inputs: Any, params: Any) -> None:
             if both
             else "--preserve is empty; name a text that must stay as it is."
         )
-    for template in params.templates:
-        if template.count("{}") != 1:
-            raise RequestError(
-                f"--templates: {template[:60]!r} is no file, and as a text it needs {{}} once, where the "
-                "concept stands."
-            )
+    check_templates("--templates", params.templates)
     texts = len(set(concepts) | set(inputs.preserve or ())) + len(replacements)
     if (n := texts * len(params.templates)) > MOST_PROMPTS:
         raise RequestError(
@@ -47,13 +43,13 @@ def check_request(inputs: Any, params: Any) -> None:
 def pair_up(concepts: tuple[str, ...], replacements: tuple[str, ...] | None) -> tuple[tuple, tuple]:
     """Concepts and replacements, as many of each; one concept may have several."""
     if not replacements:
-        raise RequestError('--replacement is missing: what the concept becomes; --replacement "" erases it.')
+        raise RequestError("--replacement is missing: what the concept becomes; an empty one erases it.")
     if len(concepts) == 1:
         concepts = concepts * len(replacements)
     if len(concepts) != len(replacements):
         raise RequestError(
             f"--concept is given {len(concepts)} times and --replacement {len(replacements)} times; give one "
-            'for each concept ("" to erase it), or several for one concept.'
+            "for each concept (an empty one erases it), or several for one concept."
         )
     pairs = [(c.strip(), r.strip()) for c, r in zip(concepts, replacements, strict=True)]
     if len(set(pairs)) < len(pairs):

@@ -25,9 +25,7 @@ from studio.types import Axis, Figure, Report, Result, Run, Trace
 class Inputs:
     """What to draw."""
 
-    prompt: tuple[str, ...] = knob(
-        REQUIRED, "the text to draw (repeat the option for more prompts)", repeat=True, commas=False
-    )
+    prompt: tuple[str, ...] = knob(REQUIRED, "the text to draw", repeat=True, commas=False)
     negative: str | None = knob(None, "negative prompt, in place of the empty text of the unconditional row")
 
 

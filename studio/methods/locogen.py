@@ -32,8 +32,7 @@ class Inputs:
     replacement: str = knob(REQUIRED, "the same text without the concept, or with another in its place")
     paraphrase: tuple[str, ...] | None = knob(
         None,
-        "the prompt in other words, for the placebo (repeat the option for more; default: “an image of …” "
-        "and “a picture of …”)",
+        "the prompt in other words, for the placebo (default: “an image of …” and “a picture of …”)",
         repeat=True,
         commas=False,
         advanced=True,
@@ -82,7 +81,9 @@ def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:
     if params.screen and params.grow is not None:
         raise RequestError("--screen measures no effect that --grow could compare; leave one of them out.")
     if params.order == "screen" and not params.hint:
-        raise RequestError("--order screen needs the screen; leave --no-hint out.")
+        raise RequestError(
+            "--order screen goes by the screen, which is turned off; turn it on, or take another --order."
+        )
 
 
 def paraphrases(prompt: str) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from studio.edits import overlay
 from studio.errors import RequestError, StudioError
-from studio.methods.concept_pairs import TEMPLATES, Place, warn_spelled
+from studio.methods.concept_pairs import TEMPLATES, Place, check_templates, warn_spelled
 from studio.methods.edit import output_change
 from studio.methods.edit_request import layer_names
 from studio.methods.text_to_image import Bench, SamplingParams, ScoreParams, image_name
@@ -46,10 +46,7 @@ class Params(SamplingParams, ScoreParams):
         repeat=True,
     )
     templates: tuple[str, ...] = knob(
-        NEURON_TEMPLATES,
-        "texts around the concept, {} in its place, at least two; a file, one a line",
-        repeat=True,
-        lines=True,
+        NEURON_TEMPLATES, "texts around the concept, {} in its place, at least two", repeat=True, lines=True
     )
     position: str = knob(
         "last",
@@ -95,11 +92,7 @@ def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:
         raise RequestError("--neutral is the concept itself; give a text without it.")
     if len(set(params.templates)) < 2:
         raise RequestError("A z-score needs a spread: give at least two --templates.")
-    for template in params.templates:
-        if template.count("{}") != 1:
-            raise RequestError(
-                f"--templates: {template[:60]!r} needs {{}} once, where the concept stands (or be a file)."
-            )
+    check_templates("--templates", params.templates)
 
 
 def welch(concept: np.ndarray, neutral: np.ndarray) -> np.ndarray:
@@ -227,7 +220,7 @@ def draw(run: Run) -> Figure:
     title="Neurons of a concept",
     paper="arXiv:2405.01008",
     family="diffusion",
-    summary="Units of keys and values that tell a concept; --top makes an edit of them.",
+    summary="Units of keys and values that tell a concept, and an edit that silences them.",
     needs={"cross_attention", "text_encoder"},
     inputs=Inputs,
     params=Params,

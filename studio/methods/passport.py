@@ -18,7 +18,7 @@ from studio.audit import Spread, passport_verdict, standing, total_effect
 from studio.edits import overlay
 from studio.errors import RequestError
 from studio.measure import Question
-from studio.methods.concept_pairs import warn_spelled
+from studio.methods.concept_pairs import check_templates, warn_spelled
 from studio.methods.direct_effect import none_if_nan
 from studio.methods.edit import solve_edit
 from studio.methods.layer_map import layer_map
@@ -30,7 +30,6 @@ from studio.methods.witness import (
     SECOND,
     Witness,
     check_others,
-    check_templates,
     filled,
     others,
     witnesses,

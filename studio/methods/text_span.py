@@ -36,8 +36,7 @@ class Inputs:
     )
     texts: tuple[str, ...] | None = knob(
         None,
-        "texts to choose from; a file holds one a line; default, for atlas-clip alone: a bank of the Atlas "
-        "world",
+        "texts to choose from; default, for atlas-clip alone: a bank of the Atlas world",
         commas=False,
         lines=True,
     )

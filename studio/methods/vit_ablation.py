@@ -36,10 +36,7 @@ class Inputs:
         REQUIRED, "image files, or folders of them", commas=False, lines=False, paths=True
     )
     texts: tuple[str, ...] = knob(
-        REQUIRED,
-        "classes, each as NAME: TEXT | TEXT | …, or one text alone; a file holds one a line",
-        commas=False,
-        lines=True,
+        REQUIRED, "classes, each as NAME: TEXT | TEXT | …, or one text alone", commas=False, lines=True
     )
     groups: str | None = knob(
         None,

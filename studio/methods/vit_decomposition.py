@@ -35,9 +35,7 @@ class Inputs:
     images: tuple[str, ...] = knob(
         REQUIRED, "image files, or folders of them", commas=False, lines=False, paths=True
     )
-    texts: tuple[str, ...] | None = knob(
-        None, "texts to score components against; a file holds one a line", commas=False, lines=True
-    )
+    texts: tuple[str, ...] | None = knob(None, "texts to score components against", commas=False, lines=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from studio.errors import RequestError
 from studio.measure import Question, score
+from studio.methods.concept_pairs import check_no_file
 from studio.methods.locogen import LEAST
 from studio.registry import knob
 from studio.types import Report
@@ -23,7 +24,7 @@ UNRELATED = ("a glass of water on a table", "a mountain at sunset", "a portrait 
 PARAPHRASES = ("a painting of {}", "{} on a plain background")
 NEIGHBOURS: tuple[str, ...] | None = knob(
     None,
-    "prompts of the same kind that should stay as they are; a file, one a line (default for Atlas "
+    "prompts of the same kind that should stay as they are (default for Atlas "
     "models: others of the concept's kind)",
     commas=False,
     lines=True,
@@ -75,21 +76,10 @@ def holds(text: str, concept: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(concept.strip())}(?!\w)", text, re.IGNORECASE) is not None
 
 
-def check_templates(option: str, given: Sequence[str]) -> None:
-    """RequestError for a text without {} or with two."""
-    for text in given:
-        if text.count("{}") != 1:
-            raise RequestError(
-                f"{option}: {text[:60]!r} is no file, and as a text it needs {{}} once, where the concept "
-                "stands."
-            )
-
-
 def check_others(option: str, given: Sequence[str], concept: str) -> None:
     """RequestError for neighbours or unrelated prompts that are a missing file, empty, or the concept."""
     for text in given:
-        if re.fullmatch(r"\S+\.(txt|csv|tsv|md|list|jsonl?)", text.strip()):
-            raise RequestError(f"{option}: there is no file {text.strip()[:120]}.")
+        check_no_file(option, text)
         if not text.strip():
             raise RequestError(f"{option} holds an empty text; name a prompt.")
         if holds(text, concept):

@@ -124,9 +124,9 @@ def test_grids_and_layers_on_the_map(visit: Visit) -> None:
 @pytest.mark.parametrize(
     ("field", "text", "says"),
     [
-        ("concept", "", "--concept is missing"),
+        ("concept", "", "“Concept” is missing"),
         ("replacement", "star", "The concept 'star' is its own replacement"),
-        ("layers", "99", "--layers: '99' is no cross-attention layer"),
+        ("layers", "99", "“Layers”: '99' is no cross-attention layer"),
     ],
 )
 def test_bad_input_gets_a_sentence(visit: Visit, field: str, text: str, says: str) -> None:

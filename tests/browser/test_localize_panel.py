@@ -78,7 +78,7 @@ def test_the_same_text_twice_is_refused(visit: Visit) -> None:
         "a red star on a white background"
     )
     page.click("#localize-run")
-    visit.status("--replacement is the prompt itself", "localize")
+    visit.status("“Replacement” is the prompt itself", "localize")
 
 
 @pytest.mark.parametrize("method", ["neurons", "passport"])

@@ -98,9 +98,9 @@ def test_a_context_is_found_in_passages(visit: Visit) -> None:
 @pytest.mark.parametrize(
     ("field", "text", "says"),
     [
-        ("subject", "Nowhere", "--subject 'Nowhere' is not in the text"),
-        ("prompt", "", "--prompt is missing"),
-        ("attribute", "is", "--attribute 'is' stands"),
+        ("subject", "Nowhere", "“Subject” 'Nowhere' is not in the text"),
+        ("prompt", "", "“Prompt” is missing"),
+        ("attribute", "is", "“Attribute” 'is' stands"),
     ],
 )
 def test_bad_input_gets_a_sentence(visit: Visit, field: str, text: str, says: str) -> None:

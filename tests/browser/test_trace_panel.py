@@ -132,8 +132,8 @@ def test_one_persons_stop_is_not_anothers(visit: Visit, chromium: Any, studio: s
 @pytest.mark.parametrize(
     ("field", "text", "says"),
     [
-        ("prompt", "", "--prompt is missing"),
-        ("subject", "blue moon", "--subject 'blue moon' is not in the text"),
+        ("prompt", "", "“Prompt” is missing"),
+        ("subject", "blue moon", "“Subject” 'blue moon' is not in the text"),
         ("seeds", "one", "Seeds must be whole numbers"),
         ("seeds", "", "No seeds are given"),
     ],
