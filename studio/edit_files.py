@@ -15,6 +15,7 @@ import numpy as np
 
 from studio.edits import Active
 from studio.errors import RequestError
+from studio.models.lora import is_lora, read_lora
 from studio.types import Edit
 
 STRONGEST = 100.0
@@ -22,7 +23,8 @@ _SHELF_BYTES = 2 * 10**9
 
 
 def read_edit(path: str | Path) -> Edit:
-    """Reads an edit file (safetensors, contract); RequestError when it isn't one."""
+    """Reads an edit file (safetensors, contract), or a LoRA file as an edit; RequestError when it is
+    neither."""
     from safetensors import SafetensorError, safe_open
 
     path = Path(os.path.expanduser(path))
@@ -32,17 +34,19 @@ def read_edit(path: str | Path) -> Edit:
         with safe_open(path, "np") as opened:
             note = opened.metadata() or {}
             kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+            if "locus.base_fingerprint" not in note and is_lora(kinds):
+                return read_lora(path)
             deltas = {name: opened.get_tensor(name) for name, kind in kinds.items() if kind == "F32"}
     except (SafetensorError, OSError) as error:
         raise RequestError(
             f"{path} is no safetensors file, or it is cut short; save the edit again."
         ) from error
     foreign = RequestError(
-        f"{path} is no edit file of Locus: its metadata lack locus.base_fingerprint, its names are foreign, "
-        "or its deltas are not float32."
+        f"{path} is no edit file of Locus and no LoRA: its metadata lack locus.base_fingerprint, its names "
+        "are foreign, or its deltas are not float32."
     )
     if (
-        "locus.base_fingerprint" not in note
+        not note.get("locus.base_fingerprint")
         or set(kinds) != set(deltas)
         or any(not n.startswith(("unet.", "text_encoder")) for n in deltas)
     ):

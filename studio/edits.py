@@ -13,12 +13,12 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from studio.errors import RequestError, StudioError
+from studio.models.lora import ANY_WEIGHTS, fitted
+from studio.models.lora import METHOD as LORA
 from studio.registry import load_methods
 from studio.types import Edit
 
@@ -161,15 +161,15 @@ class Active:
 
 @dataclass(frozen=True, eq=False)
 class _Scaled:
-    """A stored delta times a strength."""
+    """A stored delta (an array, or a LoRA's factors) times a strength."""
 
-    delta: np.ndarray
+    delta: Any
     strength: float
 
     def dense(self) -> Any:
         import torch
 
-        delta = torch.tensor(self.delta)
+        delta = self.delta.dense() if hasattr(self.delta, "dense") else torch.tensor(self.delta)
         return delta if self.strength == 1 else delta * self.strength
 
 
@@ -285,7 +285,7 @@ class Composer:
 
 def compose(model: Any, active: Iterable[Active], *, force: bool = False) -> dict[str, Any]:
     """The whole delta (float32, on the CPU) of active edits by parameter name, as `overlay` would add it."""
-    active = list(active)
+    active = _named(model, active)
     check_fit(model, active, force=force)
     out: dict[str, Any] = {}
     for layer in Composer().layers(model, active):
@@ -331,11 +331,20 @@ def parameters_of(model: Any) -> dict[str, Any]:
     }
 
 
+def _named(model: Any, active: Iterable[Active]) -> list[Active]:
+    """The same, a LoRA under the model's own parameter names."""
+    active = list(active)
+    if not any(a.edit.method == LORA for a in active):
+        return active
+    names = parameters_of(model)
+    return [replace(a, edit=fitted(a.edit, names)) for a in active]
+
+
 def check_fit(model: Any, active: Sequence[Active], *, force: bool = False) -> None:
     """RequestError when an edit was made for other weights (unless `force`) or has another shape."""
     parameters = parameters_of(model)
     for edit in (a.edit for a in active):
-        if edit.base_fingerprint != model.fingerprint and not force:
+        if edit.base_fingerprint not in (model.fingerprint, ANY_WEIGHTS) and not force:
             raise RequestError(
                 f"This edit was made for weights {edit.base_fingerprint[:12]}…, and {model.id} has "
                 f"{model.fingerprint[:12]}…; use it with its own model, or insist with --force."
@@ -357,7 +366,7 @@ def overlay(
 
     RequestError, before anything is touched, when an edit does not fit (see `check_fit`).
     """
-    active = [e if isinstance(e, Active) else Active(e) for e in edits]
+    active = _named(model, (e if isinstance(e, Active) else Active(e) for e in edits))
     check_fit(model, active, force=force)
     with laid_over(model, (composer or Composer()).layers(model, active)):
         yield
