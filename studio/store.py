@@ -7,15 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
 import re
-import secrets
 import shutil
 import tempfile
-import time
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -27,20 +24,20 @@ import numpy as np
 
 from studio import figures
 from studio.errors import RequestError, StudioError
+from studio.kept_edits import HIDDEN, KeptEdits
+from studio.kept_edits import copy_file as copy_file
 from studio.types import Axis, Edit, Figure, Recipe, Result, Run, Trace
 
-HIDDEN = ".partial-"
-_DAY = 24 * 3600.0
-MOST_PASSING = 64  # edits that single clicks made
 EDIT_FILE = "edit.safetensors"  # in the folder of a run that made an edit
 MADE_FILE = "made.safetensors"  # in that of a run that made another file
+PARTS = ("run.json", "arrays.npz")  # what a folder holds that is a run, whole or damaged
 
 
-class Store:
+class Store(KeptEdits):
     """The runs below one folder. Several studios may share it: every write is a rename."""
 
     def __init__(self, root: str | Path) -> None:
-        self.root = Path(root).expanduser()
+        super().__init__(Path(root).expanduser())
 
     def save(self, run: Run, figure: Figure | None = None) -> Run:
         """Writes the run under a new id and returns it with that id."""
@@ -55,12 +52,18 @@ class Store:
 
     def path(self, run_id: str) -> Path:
         """The folder of a run; RequestError when there is none, or the id is no plain name."""
-        if not re.fullmatch(r"[\w.-]{1,200}", run_id) or run_id.startswith("."):
-            raise RequestError(f"{run_id[:60]!r} is no run's id.")
-        folder = self.root / run_id
+        folder = self.folder(run_id)
         if not (folder / "run.json").is_file():
             raise RequestError(f"There is no run {run_id!r} in {self.root}.")
         return folder
+
+    def folder(self, run_id: str) -> Path:
+        """The folder of a run that may be damaged; RequestError when there is none."""
+        if not re.fullmatch(r"[\w.-]{1,200}", run_id) or run_id.startswith("."):
+            raise RequestError(f"{run_id[:60]!r} is no run's id.")
+        if not any((self.root / run_id / name).is_file() for name in PARTS):
+            raise RequestError(f"There is no run {run_id!r} in {self.root}.")
+        return self.root / run_id
 
     def load(self, run_id: str) -> Run:
         """Reads a run by its id."""
@@ -83,63 +86,10 @@ class Store:
         names = (f.name for f in self.root.iterdir() if (f / "run.json").is_file())
         return sorted((n for n in names if not n.startswith(".")), key=_natural, reverse=True)
 
-    def keep_edit(self, file: Path, *, passing: bool = False) -> str:
-        """Keeps a copy of an edit file under the hash of its bytes, which it returns: stacks name edits so,
-        whatever becomes of the run that made one. passing: only a click looks at it, so it goes when it was
-        not used for a day or MOST_PASSING newer ones came, unless it is kept for good meanwhile."""
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        if self.has_edit(digest) and (passing or self._place(digest).parent == self._edits):
-            self._place(digest).touch()
-            return digest
-        target = (self._passing if passing else self._edits) / f"{digest}.safetensors"
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            copy_file(file, target)
-        except StudioError:
-            if not target.exists():
-                raise
-        if passing:
-            self._drop(self._unused()[MOST_PASSING:])
-        return digest
-
-    def edit_file(self, digest: str) -> Path:
-        """The file of an edit that was kept; RequestError when there is none."""
-        if not self.has_edit(digest):
-            raise RequestError("That edit is no longer in the store; make it again or load its file.")
-        place = self._place(digest)
-        if place.parent == self._passing:
-            place.touch()
-        return place
-
-    def has_edit(self, digest: str) -> bool:
-        """Whether an edit of that hash is kept."""
-        return bool(re.fullmatch(r"[0-9a-f]{64}", digest)) and self._place(digest).is_file()
-
-    def _place(self, digest: str) -> Path:
-        name = f"{digest}.safetensors"
-        return self._edits / name if (self._edits / name).is_file() else self._passing / name
-
-    @property
-    def _edits(self) -> Path:
-        return self.root / "edits"
-
-    @property
-    def _passing(self) -> Path:
-        return self._edits / "passing"
-
-    def _unused(self) -> list[Path]:
-        """Passing edits, the last used first."""
-        return sorted(self._passing.glob("*.safetensors"), key=_last_used, reverse=True)
-
-    def _drop(self, files: list[Path]) -> int:
-        for file in files:
-            file.unlink(missing_ok=True)
-        return len(files)
-
     def sweep_leftovers(self) -> int:
         """Removes half-written folders of processes that are gone, and passing edits that were not used for
         a day; returns how many of both."""
-        gone = self._drop([f for f in self._unused() if time.time() - _last_used(f) > _DAY])
+        gone = self.sweep_edits()
         if self.root.is_dir():
             for folder in self.root.glob(f"{HIDDEN}*"):
                 pid = folder.name.removeprefix(HIDDEN).split("-")[0]
@@ -147,14 +97,6 @@ class Store:
                     shutil.rmtree(folder, ignore_errors=True)
                     gone += 1
         return gone
-
-
-def _last_used(file: Path) -> float:
-    """When a file was made or touched, in seconds; 0 when it is gone."""
-    try:
-        return file.stat().st_mtime
-    except OSError:
-        return 0.0
 
 
 def _natural(name: str) -> list[str | int]:
@@ -209,22 +151,6 @@ def check_free_file(given: str, option: str, suffix: str) -> Path:
     except OSError as error:
         raise RequestError(f"{path} can't be written: {error.strerror}.") from error
     return path
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """A copy of one file of a run, whole or not at all; StudioError when it can't be had."""
-    beside = target.parent / f"{HIDDEN}{os.getpid()}-{secrets.token_hex(4)}-{target.name[:50]}"
-    try:
-        shutil.copyfile(source, beside)
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, "it came into being meanwhile")
-        beside.replace(target)
-    except OSError as error:
-        raise StudioError(
-            f"{target} could not be written ({error.strerror}); the file is kept as {source}."
-        ) from error
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def write_run(run: Run, folder: Path, figure: Figure | None = None) -> None:

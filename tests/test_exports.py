@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from studio import exports, store
+from studio import exports, kept_edits
 from studio.errors import RequestError
 from studio.exports import DAY, MOST, new_folder, sweep
-from studio.store import MOST_PASSING, Store
+from studio.kept_edits import MOST_PASSING
+from studio.store import Store
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +111,7 @@ def test_the_number_of_edits_of_clicks_is_bounded(tmp_path: Path) -> None:
 
 
 def test_a_click_on_an_edit_again_makes_it_young(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store, "MOST_PASSING", 2)
+    monkeypatch.setattr(kept_edits, "MOST_PASSING", 2)
     kept = Store(tmp_path / "runs")
     first, second = (kept.keep_edit(edit(tmp_path, c), passing=True) for c in "ab")
     age(kept._place(first), 20)
