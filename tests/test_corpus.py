@@ -14,6 +14,7 @@ from studio.images import read_image
 from studio.models import corpus
 from studio.models.component_space import Space, open_space
 from studio.models.corpus import corpus_file, statistics
+from studio.file_quota import keep_within, mark_used
 from tests import vision_families as families
 from tests.vision_corpora import Quiet, picture_folder
 
@@ -93,6 +94,36 @@ def test_a_damaged_file_is_made_anew(files: list[Path]) -> None:
     first = statistics(space, files, Quiet())
     corpus_file(space, files, None).write_bytes(b"no tensors")
     assert np.array_equal(statistics(space, files, Quiet()).total_mean, first.total_mean)
+
+
+def test_corpora_that_were_not_used_for_longest_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = Space(families.model("vit-class"))
+    sets = [picture_folder(tmp_path / name, 3, seed) for seed, name in enumerate("abcd")]
+    places = [corpus_file(space, files, None) for files in sets]
+    for age, (files, place) in enumerate(zip(sets[:3], places, strict=False)):
+        statistics(space, files, Quiet())
+        os.utime(place, (1000 + age, 1000 + age))
+    statistics(space, sets[0], Quiet())  # from disk: used last
+    size = places[0].stat().st_size
+    monkeypatch.setattr(corpus, "MOST_BYTES", 2 * size + size // 2)
+    statistics(space, sets[3], Quiet())
+    assert [p.exists() for p in places] == [True, False, False, True]
+    monkeypatch.setattr(corpus, "MOST_BYTES", 10)  # the one at work stays whatever its size
+    statistics(space, sets[1], Quiet())
+    assert [p.exists() for p in places] == [False, True, False, False]
+
+
+def test_what_is_being_written_and_folders_are_no_part_of_a_quota(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for name in (".partial-1-x", "old", "new"):
+        (tmp_path / name).write_bytes(b"x" * 100)
+    os.utime(tmp_path / "old", (5, 5))
+    assert keep_within(tmp_path, 150, tmp_path / "gone") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {".partial-1-x", "new", "folder"}
+    mark_used(tmp_path / "gone")  # nothing happens
+    assert keep_within(tmp_path / "nowhere", 0, tmp_path / "gone") == 0
 
 
 def test_files_that_are_no_images_are_left_out(files: list[Path]) -> None:

@@ -16,6 +16,7 @@ LEVELS = {
     **dict.fromkeys(("studio.types", "studio.errors"), 0),
     **dict.fromkeys(("studio.registry", "studio.measure", "studio.figures"), 1),
     **dict.fromkeys(("studio.store", "studio.exports", "studio.images", "studio.uploads"), 1),
+    "studio.file_quota": 1,
     **dict.fromkeys(("studio.kept_edits", "studio.run_notes", "studio.run_bin", "studio.run_index"), 1),
     **dict.fromkeys(("studio.run_quota", "studio.run_difference", "studio.run_grid"), 1),
     "studio.models": 2,
@@ -43,7 +44,10 @@ LEVELS = {
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.options", "launch"), 8),
 }
-WRITING = ("store", "kept_edits", "run_notes", "run_bin", "run_quota", "exports", "uploads", "bench")
+WRITING = (
+    *("store", "kept_edits", "run_notes", "run_bin", "run_quota", "file_quota", "exports", "uploads"),
+    "bench",
+)
 WITHOUT_TORCH = ("images", "types", "errors", "registry", "figures", "store", "exports", "uploads", "measure")
 
 # (file, what is done there): why it may be.

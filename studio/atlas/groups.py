@@ -8,7 +8,6 @@ PNG files, FOLDER/groups.csv their lines `file,label,group`: the file as seen fr
 
 from __future__ import annotations
 
-import csv
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Annotated
 
 import numpy as np
 import tyro
-from PIL import Image
 
-from studio.atlas.render import render
+from studio.atlas.pictures import empty_folder, write_images, write_table
 from studio.atlas.world import ATTRIBUTES, Scenes, draw_scenes
 from studio.errors import RequestError
 
@@ -79,22 +77,13 @@ def write_groups(options: GroupOptions) -> Path:
 
     Raises RequestError when the folder holds something already, and as `group_scenes` does.
     """
-    scenes, folder = group_scenes(options), options.folder.expanduser()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RequestError(f"{folder} exists and is not empty; name a new folder for the pictures.")
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows = []
-    for start in range(0, len(scenes), 250):
-        part = scenes.pick(np.arange(start, min(start + 250, len(scenes))))
-        for i, image in enumerate(render(part)):
-            label = ATTRIBUTES["object"][part.object[i]]
-            file = f"images/{start + i:06d}.png"
-            Image.fromarray(image).save(folder / file)
-            rows.append((file, label, f"{label} on {ATTRIBUTES['background'][part.background[i]]}"))
-    table = folder / "groups.csv"
-    with table.open("w", newline="", encoding="utf-8") as opened:
-        csv.writer(opened).writerows([("file", "label", "group"), *rows])
-    return table
+    scenes = group_scenes(options)
+    folder = empty_folder(options.folder)
+    rows = [
+        (file, shown["object"], f"{shown['object']} on {shown['background']}")
+        for file, shown in write_images(scenes, folder)
+    ]
+    return write_table(folder / "groups.csv", ("file", "label", "group"), rows)
 
 
 def main(options: GroupOptions) -> int:

@@ -21,11 +21,13 @@ from studio.errors import RequestError
 from studio.images import read_image
 from studio.models.component_space import Space
 from studio.models.loading import home
+from studio.file_quota import keep_within, mark_used
 from studio.store import write_tensors
 from studio.types import Report
 
 KEEP_EVERY = 20.0  # seconds between two writes
 MOST_NUMBERS = 2**28  # float64 of one corpus: 2 GiB
+MOST_BYTES = 4 * 2**30  # of all that is kept in $LOCUS_HOME/corpora
 _TOTAL = "total"  # where the representation's own sums are kept
 _FORM = 1  # of the file
 
@@ -70,11 +72,13 @@ def statistics(
     space: Space, files: Sequence[Path], report: Report, aligner: str | Path | None = None
 ) -> Statistics:
     """Statistics of image files, from disk if they are kept there. What is done is kept when the work is
-    stopped. Files that can't be read are left out with a warning; RequestError when fewer than two can."""
+    stopped, and the corpora that were not used for longest make room. Files that can't be read are left out
+    with a warning; RequestError when fewer than two can."""
     place = corpus_file(space, files, aligner)
     sums = _Sums.read(place) or _Sums()
     report.plan(len(files), "reading images")
     if sums.done:
+        mark_used(place)
         report.step(sums.done)
     if sums.done < len(files):
         _stream(space, files, report, sums, place)
@@ -105,6 +109,7 @@ def _stream(space: Space, files: Sequence[Path], report: Report, sums: _Sums, pl
     finally:
         if sums.count:
             sums.write(place)
+            keep_within(place.parent, MOST_BYTES, place)
 
 
 def _readable(files: Sequence[Path]) -> Iterator[np.ndarray]:
