@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from studio.edits import Active, Composer, check_fit, overlay
+from studio.errors import RequestError
 from studio.measure import LEVEL, nested_bootstrap, rank_agreement
 
 WORKS, HARDLY, LEAKS = 0.5, 0.2, 0.2  # shares of the total at which the verdict changes its words
@@ -51,6 +52,24 @@ class Stack:
             for concept, other in zip(edit.concepts, others, strict=False):
                 found.setdefault(concept, other)
         return found
+
+    def about(self, concept: str | None, replacement: str | None) -> tuple[str, str | None]:
+        """(concept, replacement) to look at: those given, else what the edits record. RequestError when they
+        record no concept, or several."""
+        recorded = self.concepts
+        if concept is not None and not concept.strip():
+            raise RequestError("--concept is empty; name it, or leave it out for what the edit file says.")
+        if concept is None:
+            if not recorded:
+                raise RequestError("The edit does not say which concept it edits; name it with --concept.")
+            if len(recorded) > 1:
+                raise RequestError(
+                    f"The edit is of {len(recorded)} concepts ({', '.join(recorded)[:200]}); say which one "
+                    "to audit with --concept."
+                )
+            concept = next(iter(recorded))
+        known = {c.strip().lower(): other for c, other in recorded.items()}
+        return concept, replacement if replacement is not None else known.get(concept.strip().lower())
 
 
 # ---- amounts ----------------------------------------------------------------------------------------------

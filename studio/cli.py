@@ -19,7 +19,7 @@ from typing import Any
 from studio.commands import COMMANDS, progress_bar
 from studio.errors import Cancelled, RequestError, StudioError
 from studio.options import DEFAULT_MODELS, method_options, new_session, parse_options, texts_of
-from studio.registry import Method, load_methods
+from studio.registry import Method, load_methods, parse
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -116,7 +116,7 @@ def overview() -> str:
 
 def run_method(method: Method, argv: list[str]) -> int:
     """Runs a method's command."""
-    from studio.store import EDIT_FILE, MADE_FILE, as_record, check_free, check_free_file, copy_file
+    from studio.store import EDIT_FILE, MADE_FILE, as_record, check_free, copy_file
     from studio.types import Recipe
 
     given = parse_options(
@@ -126,7 +126,7 @@ def run_method(method: Method, argv: list[str]) -> int:
     out = Path(given["out"]).expanduser() if "out" in given else None
     if out is not None:
         check_free(out)
-    saved = check_free_file(given["save"], "--save", ".safetensors") if "save" in given else None
+    saved = _saved(method, asked, given)
     recipe = Recipe(
         method.name,
         _whole_path(given.get("model", DEFAULT_MODELS.get(method.family, ""))),
@@ -136,6 +136,8 @@ def run_method(method: Method, argv: list[str]) -> int:
         tuple(str(Path(e).expanduser().absolute()) for e in given.get("edit", ())),
     )
     with contextlib.closing(new_session(given)) as session:
+        if method.complete:
+            _say_taken(method, asked, session.checked(recipe))
         run = session.run(recipe, progress_bar(), out=out, force=given["force"])
         for warning in run.result.values.get("warnings", []):
             print(f"locus: warning: {warning}", file=sys.stderr)
@@ -154,6 +156,27 @@ def run_method(method: Method, argv: list[str]) -> int:
             print(where, file=sys.stderr if given["json"] else sys.stdout)
         _say_finding(run.result.values)
     return 0
+
+
+def _saved(method: Method, asked: dict[str, Any], given: dict[str, Any]) -> Path | None:
+    """The file of --save, or None; RequestError when it can't be written or nothing would be made for it."""
+    from studio.store import check_free_file
+
+    if "save" not in given:
+        return None
+    file = check_free_file(given["save"], "--save", ".safetensors")
+    if method.unsaved and (why := method.unsaved(parse(method, asked)[1])):
+        raise RequestError(why)
+    return file
+
+
+def _say_taken(method: Method, asked: Mapping[str, Any], recipe: Any) -> None:
+    """What the edit files said in place of options that were not given."""
+    for f in dataclasses.fields(method.inputs):
+        value = recipe.inputs[f.name]
+        if asked.get(f.name) is None and f.default is None and isinstance(value, str):
+            option = "--" + f.name.replace("_", "-")
+            print(f"locus: {option} is {value!r}, as the edit file says.", file=sys.stderr)
 
 
 def _say_finding(values: Mapping[str, Any]) -> None:

@@ -85,6 +85,8 @@ class Method:
     saves: str = ""
     lays_edits: bool = False
     combine: Callable[..., dict[str, Trace]] | None = None
+    complete: Callable[..., Any] | None = None
+    unsaved: Callable[[Any], str] | None = None
 
     @property
     def endpoint(self) -> str:
@@ -113,16 +115,21 @@ def method(
     saves: str = "",
     lays_edits: bool = False,
     combine: Callable[..., dict[str, Trace]] | None = None,
+    complete: Callable[..., Any] | None = None,
+    unsaved: Callable[[Any], str] | None = None,
 ) -> Callable:
     """Registers the decorated function. `check(inputs, params, seeds)` refuses a request before it is queued;
     `saves` says what the method makes that its command's --save writes to a file. `lays_edits`: the method
     lays the request's edits over by itself, from the keyword argument `edits` (audit.Stack); it needs some.
-    `combine(results)`: the method's own arrays over several prompts, which a sweep shows.
+    `combine(results)`: the method's own arrays over several prompts, which a sweep shows. `complete(inputs,
+    edits)`: the inputs with what the request's edits (audit.Stack) say in place of those not given.
+    `unsaved(params)`: why there would be nothing for --save, "" when there is something.
     """
 
     def register(run: Callable[..., Result]) -> Callable[..., Result]:
         rest = (frozenset(needs), inputs, params, run, draw, seeds, check, saves)
-        METHODS[name] = Method(name, title, summary, paper, family, *rest, lays_edits, combine)
+        hooks = (lays_edits, combine, complete, unsaved)
+        METHODS[name] = Method(name, title, summary, paper, family, *rest, *hooks)
         return run
 
     return register

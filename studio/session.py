@@ -144,6 +144,10 @@ class Session:
         inputs, params, seeds = parse(
             method, {**recipe.inputs, **recipe.params}, recipe.seeds if method.samples else None
         )
+        if method.lays_edits and not recipe.edits:
+            raise RequestError(f"{method.name} needs --edit: the edit file to look at.")
+        if method.complete:
+            inputs = method.complete(inputs, Stack(tuple(self.shelf.open(e) for e in recipe.edits)))
         if method.check:
             method.check(inputs, params, seeds)
         if recipe.edits and method.saves:
@@ -151,8 +155,6 @@ class Session:
                 f"{method.name} starts from the model's own weights, so it takes no --edit; use its file "
                 "together with others afterwards."
             )
-        if method.lays_edits and not recipe.edits:
-            raise RequestError(f"{method.name} needs --edit: the edit file to look at.")
         for entry in recipe.edits:
             self.shelf.open(entry)
         return replace(recipe, inputs=plain(inputs), params=plain(params), seeds=seeds)

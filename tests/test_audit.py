@@ -388,7 +388,6 @@ def test_the_command(session: Any, tmp_path: Path, capsys: pytest.CaptureFixture
 
 WRONG = {
     "empty concept": ({"concept": " "}, "--concept is empty"),
-    "no concept": ({"concept": None}, "--concept is missing"),
     "among the neighbours": (
         {"neighbours": ["a moon", "a red Star"]},
         "'a red Star' holds the concept 'star' itself",
@@ -397,10 +396,7 @@ WRONG = {
     "no file": ({"neighbours": ["near.txt"]}, "--neighbours: there is no file near.txt."),
     "empty file": ({"neighbours": []}, "--neighbours is empty"),
     "empty neighbour": ({"neighbours": ["a moon", " "]}, "--neighbours holds an empty text"),
-    "template": (
-        {"templates": ["a photo"]},
-        "--templates: 'a photo' needs {} once",
-    ),
+    "template": ({"templates": ["a photo"]}, "--templates: 'a photo' needs {} once"),
     "paraphrase": ({"paraphrases": ["{} {}"]}, "--paraphrases: '{} {}' needs {} once"),
     "itself": ({"replacement": "STAR "}, "--replacement is the concept itself"),
     "strengths": ({"strengths": "1,much"}, "--strengths must be numbers from -100 to 100 with commas"),
@@ -431,6 +427,43 @@ def test_no_edit_a_missing_one_and_one_of_another_model(session: Any, tmp_path: 
     file = edit_of(layouts.model("sd1"), tmp_path / "e.safetensors", KEY)
     with pytest.raises(RequestError, match="This edit was made for weights"):
         audited(session, file, layouts.saved("sd2"))
+
+
+def test_the_edit_file_says_what_is_audited(
+    session: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = edit_of(layouts.model("sd1"), tmp_path / "e.safetensors", KEY)
+    checked = session.checked(Recipe("audit", "atlas-sd", {}, {}, None, (str(file),)))
+    assert (checked.inputs["concept"], checked.inputs["replacement"]) == ("star", "circle")
+    other = session.checked(Recipe("audit", "atlas-sd", {"concept": "Star "}, {}, None, (str(file),)))
+    assert (other.inputs["concept"], other.inputs["replacement"]) == ("Star ", "circle")
+    third = session.checked(Recipe("audit", "atlas-sd", {"concept": "moon"}, {}, None, (str(file),)))
+    assert third.inputs["replacement"] is None
+    asked = ["--steps", "2", "--metric", "distance", "--second-scorer", "none", "--seeds", "0"]
+    asked += ["--paraphrases", "a painting of {}", "--unrelated", "a tree", "--neighbours", "a red moon"]
+    model, out = str(layouts.saved("sd1")), str(tmp_path / "run")
+    assert cli.main(["audit", "--edit", str(file), "--model", model, "--out", out, *asked]) == 0
+    said = capsys.readouterr().err
+    assert "--concept is 'star', as the edit file says." in said and "--replacement is 'circle', as" in said
+    assert read_run(Path(out)).recipe.inputs["concept"] == "star"
+
+
+@pytest.mark.parametrize(
+    ("concepts", "says"),
+    [
+        (("star", "moon"), "The edit is of 2 concepts (star, moon); say which one to audit with --concept."),
+        ((), "The edit does not say which concept it edits; name it with --concept."),
+    ],
+)
+def test_an_edit_of_several_concepts_or_of_none(
+    session: Any, tmp_path: Path, concepts: tuple, says: str
+) -> None:
+    model = layouts.model("sd1")
+    made = Edit({KEY: delta(model, KEY)}, model.fingerprint, concepts, {}, "", ("circle",) * len(concepts))
+    write_edit(made, tmp_path / "e.safetensors")
+    with pytest.raises(RequestError) as caught:
+        session.checked(Recipe("audit", "atlas-sd", {}, {}, None, (str(tmp_path / "e.safetensors"),)))
+    assert str(caught.value) == says
 
 
 def test_scorers_that_can_not_stand_beside_one_another(session: Any, clip: Path, tmp_path: Path) -> None:

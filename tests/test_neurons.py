@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from studio import Recipe
+from studio import Recipe, cli
 from studio.edit_files import read_edit
 from studio.edits import overlay
 from studio.errors import RequestError
@@ -189,6 +189,23 @@ def test_layers_may_be_localized(session: Any) -> None:
     values = run(session, layers=None).result.values
     first, last = map(int, values["layer_numbers"].split(","))
     assert last == first + 1
+
+
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        (["neurons", "--concept", "star", "--neutral", "circle"], "--top is missing: how many units"),
+        (["attribute", "--concept", "star", "--ratio", "0"], "--ratio 0 makes none; give a larger one"),
+    ],
+)
+def test_nothing_to_save_is_said_before_the_run(
+    command: list, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "e.safetensors", tmp_path / "run"
+    assert cli.main([*command, "--save", str(file), "--out", str(out), "--model", "no such model"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("locus: --save needs an edit, and ") and says in said and said.count("\n") == 1
+    assert not file.exists() and not out.exists()
 
 
 @pytest.mark.parametrize(

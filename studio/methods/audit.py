@@ -5,7 +5,7 @@ same starting noise before and after. What the amounts mean stands in studio/aud
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from studio.methods.witness import (
     others,
     witnesses,
 )
-from studio.registry import REQUIRED, knob, method
+from studio.registry import knob, method
 from studio.types import Axis, Figure, Report, Result, Run, Trace
 
 STRENGTHS = "0.25,0.5,1,1.5,2"  # tried when an efficacy is asked for without strengths
@@ -47,7 +47,7 @@ MOST_STRENGTHS, MOST_IMAGES = 32, 20_000
 class Inputs:
     """The concept that was edited, and what should have stayed."""
 
-    concept: str = knob(REQUIRED, "the concept that was edited")
+    concept: str | None = knob(None, "the concept that was edited; default what the edit file says")
     neighbours: tuple[str, ...] | None = NEIGHBOURS
     replacement: str | None = knob(
         None, "what the concept became; default what the edit file says, empty where it says nothing"
@@ -83,6 +83,12 @@ class Params(SamplingParams, ScoreParams):
         high=2,
     )
     second_scorer: str | None = SECOND
+
+
+def complete(inputs: Inputs, edits: Stack) -> Inputs:
+    """The inputs with concept and replacement from the edits' own records where they are not given."""
+    concept, replacement = edits.about(inputs.concept, inputs.replacement)
+    return replace(inputs, concept=concept, replacement=replacement)
 
 
 def strengths_of(given: str | None, wanted: float | None = None) -> tuple[float, ...]:
@@ -169,6 +175,7 @@ def frontier(arrays: Any) -> dict[str, Any]:
     check=check,
     seeds=(0, 1),
     lays_edits=True,
+    complete=complete,
 )
 def audit(
     model: Any,
@@ -213,11 +220,7 @@ class _Audit:
         self.model, self.params, self.seeds, self.report = model, params, seeds, report
         self.edits, self.seen_by, self.given = edits, seen_by, inputs
         self.concept = inputs.concept.strip()
-        recorded = {c.strip().lower(): r for c, r in edits.concepts.items()}
-        known = (
-            inputs.replacement if inputs.replacement is not None else recorded.get(self.concept.lower(), "")
-        )
-        self.replacement = known.strip()
+        self.replacement = (inputs.replacement or "").strip()
         forms = tuple(dict.fromkeys((*params.templates, *inputs.paraphrases)))
         self.own, self.instead = filled(forms, self.concept), filled(forms, self.replacement)
         self.near = others(model, self.concept, self.replacement, inputs.neighbours)

@@ -85,6 +85,11 @@ def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:
         raise RequestError("--ratio 0 makes no edit, so there is nothing to preview; give a larger one.")
 
 
+def unsaved(params: Params) -> str:
+    """Why no edit would be made."""
+    return "" if params.ratio else "--save needs an edit, and --ratio 0 makes none; give a larger one."
+
+
 def short(label: str) -> str:
     """A component's label as it stands beside its bar, "up 1.0 ff.0[12]": block, attention, layer if there
     are several, what is left of the name."""
@@ -128,6 +133,7 @@ def draw(run: Run) -> Figure:
     draw=draw,
     check=check,
     saves="edit file",
+    unsaved=unsaved,
 )
 def attribute(
     model: Any, inputs: Inputs, params: Params, seeds: tuple[int, ...], scorer: Any, report: Report

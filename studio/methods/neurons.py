@@ -95,6 +95,11 @@ def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:
     check_templates("--templates", params.templates)
 
 
+def unsaved(params: Params) -> str:
+    """Why no edit would be made."""
+    return "" if params.top else "--save needs an edit, and --top is missing: how many units it silences."
+
+
 def welch(concept: np.ndarray, neutral: np.ndarray) -> np.ndarray:
     """z of each unit: (prompts, units) twice; 0 where both groups are constant and alike."""
     difference = concept.mean(0) - neutral.mean(0)
@@ -227,6 +232,7 @@ def draw(run: Run) -> Figure:
     draw=draw,
     check=check,
     saves="edit file",
+    unsaved=unsaved,
 )
 def neurons(
     model: Any, inputs: Inputs, params: Params, seeds: tuple[int, ...], scorer: Any, report: Report
