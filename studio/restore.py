@@ -1,0 +1,182 @@
+"""Restoring: any file that Locus exported, back to its recipe and, where the store has it, to its run.
+
+Read are PNG, SVG and PDF (their metadata), CSV, LaTeX, BibTeX, notebooks, recipes and run.json; a zip brings
+the whole run into the store. What a file is, its content says and not its name. Nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from studio.errors import RequestError
+from studio.recipes import Note, carried, read_note
+from studio.registry import find_method, parse
+from studio.store import Store
+from studio.types import Recipe
+from studio.zip_import import import_zip
+
+MOST_BYTES = 256 * 2**20  # of a file that is read whole
+HEAD = 4 * 2**20  # bytes of a text in which its note stands
+MARK = "% locus: "
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A recipe, the id of its run if it is in the store, a sentence on what was found, and all that the file
+    said."""
+
+    recipe: Recipe
+    run_id: str | None
+    said: str
+    note: Note
+
+
+def restored(path: str | Path, store: Store) -> Restored:
+    """What an exported file holds. A zip's run is put into the store, unless it is there already.
+
+    RequestError says in a sentence why a file is not taken; StudioError when the store can't be written.
+    """
+    path = Path(path)
+    name = _shown(path)
+    try:
+        with path.open("rb") as opened:
+            head = opened.read(HEAD)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "its name is no file's"
+        raise RequestError(f"{name} can't be read: {reason}.") from error
+    if head.startswith(b"PK"):
+        run, new = import_zip(path, store)
+        note = read_note(carried(run), name)
+        said = (
+            f"The run is in the store now, as {run.id}." if new else f"The run is in the store, as {run.id}."
+        )
+        return Restored(run.recipe, run.id, said, note)
+    note = read_note(_text_of(path, head, name), name)
+    _check(note.recipe, name)
+    found = _in_store(store, note)
+    if found:
+        return Restored(note.recipe, found, f"The run is in the store, as {found}.", note)
+    said = f"The run is not in this store; the recipe was read from {name}, run it to see its results again."
+    return Restored(note.recipe, None, said, note)
+
+
+def _shown(path: Path) -> str:
+    """A file's name as it may be printed."""
+    return "".join(c if c.isprintable() else "?" for c in path.name)[:80] or "The file"
+
+
+def _check(recipe: Recipe, name: str) -> None:
+    """RequestError when this version knows no such method, or the recipe isn't one of it."""
+    try:
+        method = find_method(recipe.method)
+        parse(method, {**recipe.inputs, **recipe.params}, list(recipe.seeds) if method.samples else None)
+    except RequestError as error:
+        raise RequestError(f"The recipe in {name} does not fit this version of Locus: {error}") from error
+
+
+def _in_store(store: Store, note: Note) -> str | None:
+    """The id of the run that the note is of: by id and key, else a finished one with its key."""
+    if not note.key:
+        return None
+    if note.run:
+        try:
+            if store.load(note.run).key == note.key:
+                return note.run
+        except RequestError:
+            pass  # another store, or the run is damaged
+    found = store.find(note.key)
+    return found.id if found else None
+
+
+def _text_of(path: Path, head: bytes, name: str) -> str | dict[str, Any]:
+    """The note's text in a file that is no zip."""
+    if path.stat().st_size > MOST_BYTES and not head.startswith(b"array,"):
+        raise RequestError(f"{name} is larger than any file that Locus exports ({MOST_BYTES >> 20} MB).")
+    for start, reader in _READERS:
+        if head.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(start):
+            try:
+                text = reader(path, head)
+            except RequestError:
+                raise
+            except Exception as error:  # what broken files raise in three libraries is not to be listed
+                raise _damaged(name) from error
+            if text:
+                return text
+            break
+    raise RequestError(
+        f"{name} holds no recipe of a run; take a figure, a table, a notebook, a recipe or a zip that Locus "
+        "exported, as it was saved (other programs may have removed the recipe)."
+    )
+
+
+def _damaged(name: str) -> RequestError:
+    return RequestError(f"{name} is damaged and can't be read; take the original file.")
+
+
+def _of_png(path: Path, head: bytes) -> str:
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with Image.open(path, formats=["PNG"]) as opened:
+            return str(opened.info.get("Description", ""))
+
+
+def _of_svg(path: Path, head: bytes) -> str:
+    from xml.etree import ElementTree
+
+    for _, element in ElementTree.iterparse(io.BytesIO(path.read_bytes())):  # entities are expat's to bound
+        if element.tag == "{http://purl.org/dc/elements/1.1/}description":
+            return element.text or ""
+    return ""
+
+
+def _of_pdf(path: Path, head: bytes) -> str:
+    from pypdf import PdfReader
+
+    found = PdfReader(path).metadata
+    return str(found.subject or "") if found else ""
+
+
+def _of_json(path: Path, head: bytes) -> str | dict[str, Any]:
+    text = path.read_text("utf-8-sig")
+    try:
+        found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if isinstance(found, dict) and "nbformat" in found:
+        note = found.get("metadata", {}).get("locus")
+        return note if isinstance(note, dict) else ""
+    return found if isinstance(found, dict) else ""
+
+
+def _of_comment(path: Path, head: bytes) -> str:
+    lines = head.decode("utf-8-sig", "replace").splitlines()
+    return next((line.removeprefix(MARK) for line in lines if line.startswith(MARK)), "")
+
+
+def _of_csv(path: Path, head: bytes) -> str:
+    rows = csv.reader(io.StringIO(head.decode("utf-8-sig", "replace"), newline=""))
+    before = csv.field_size_limit(HEAD)
+    try:
+        titles, first = next(rows), next(rows, [])
+    finally:
+        csv.field_size_limit(before)
+    return dict(zip(titles, first, strict=False)).get("recipe", "")
+
+
+_READERS: tuple[tuple[bytes | tuple[bytes, ...], Callable[[Path, bytes], str | dict[str, Any]]], ...] = (
+    (b"\x89PNG", _of_png),
+    ((b"<?xml", b"<svg", b"<!DOCTYPE svg"), _of_svg),
+    (b"%PDF-", _of_pdf),
+    (b"{", _of_json),
+    ((b"%", b"@"), _of_comment),
+    (b"array,", _of_csv),
+)
