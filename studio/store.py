@@ -72,7 +72,7 @@ class Store(KeptEdits):
     def find(self, key: str) -> Run | None:
         """The newest finished run with this key, if it can be read."""
         folders = self.root.glob(f"*-{key[:8]}*")
-        for folder in sorted(folders, key=lambda f: _natural(f.name), reverse=True):
+        for folder in sorted(folders, key=lambda f: natural(f.name), reverse=True):
             with contextlib.suppress(StudioError, OSError):
                 run = read_run(folder)
                 if run.key == key and run.status == "done":
@@ -84,7 +84,7 @@ class Store(KeptEdits):
         if not self.root.is_dir():
             return []
         names = (f.name for f in self.root.iterdir() if (f / "run.json").is_file())
-        return sorted((n for n in names if not n.startswith(".")), key=_natural, reverse=True)
+        return sorted((n for n in names if not n.startswith(".")), key=natural, reverse=True)
 
     def sweep_leftovers(self) -> int:
         """Removes half-written folders of processes that are gone, and passing edits that were not used for
@@ -99,7 +99,7 @@ class Store(KeptEdits):
         return gone
 
 
-def _natural(name: str) -> list[str | int]:
+def natural(name: str) -> list[str | int]:
     """A key that sorts numbers in names by value: -10 after -2."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
