@@ -16,7 +16,8 @@ import numpy as np
 
 from panels.drawn import Drawn, grid_template
 from studio.errors import RequestError
-from studio.figures import EMPTY, NEGATIVE, NEUTRAL, POSITIVE, number, scale_limit
+from studio.figures import number
+from studio.palette import EMPTY, SHADES, scale_of
 from studio.types import Figure
 
 
@@ -35,16 +36,16 @@ def as_value(figure: Figure, again: bool = False) -> dict[str, Any]:
     """
     data = figure.data
     values = np.asarray(data["values"], float)
-    z = [[round(float(v), 6) if math.isfinite(v) else None for v in row] for row in values]
-    palette = {"negative": NEGATIVE, "neutral": NEUTRAL, "positive": POSITIVE, "empty": EMPTY}
+    z = [[float(f"{v:.6g}") if math.isfinite(v) else None for v in row] for row in values]
+    low, high = scale_of(data)
     value = {
         "rows": list(data["rows"]),
         "cols": list(data["cols"]),
         "z": z,
         "names": data["names"],
         "unit": data["unit"],
-        "limit": scale_limit(values),
-        "palette": palette,
+        "scale": [low, high],
+        "palette": {"shades": SHADES, "empty": EMPTY},
         "caption": figure.caption,
         "again": again,
     }

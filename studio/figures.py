@@ -1,7 +1,6 @@
-"""Figures as data, drawn by Matplotlib to SVG, PNG and PDF, and as CSV; one palette for screen and paper.
+"""Figures as data, drawn by Matplotlib to SVG, PNG and PDF, and their numbers as CSV.
 
-The diverging scale is blue to white to red around the value of no effect, which colour-blind people can
-tell apart.
+Colours are those of palette.py, which the screen shows too.
 """
 
 from __future__ import annotations
@@ -13,22 +12,27 @@ import json
 import math
 import textwrap
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
+from studio.errors import RequestError
+from studio.palette import EMPTY, NEGATIVE, NEUTRAL, POSITIVE, SERIES, SHADES, scale_limit, scale_of
 from studio.types import Figure, Trace
 
-NEGATIVE, NEUTRAL, POSITIVE = "#2166ac", "#f7f7f7", "#b2182b"
-EMPTY = "#e4e4e7"
 FORMATS = ("svg", "png", "pdf")
-
-
-def scale_limit(values: np.ndarray) -> float:
-    """Largest absolute finite value, or 1 when there is none: colours run from minus to plus this."""
-    finite = np.abs(values[np.isfinite(values)])
-    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+__all__ = [
+    "EMPTY",
+    "NEGATIVE",
+    "NEUTRAL",
+    "POSITIVE",
+    "scale_limit",
+]  # of the palette, for who draws on screen
+DPI = 150
+MOST_DPI = 2400
+MOST_PIXELS = 89_000_000  # of a PNG; image libraries take more for an attack
 
 
 def number(value: float) -> str:
@@ -36,8 +40,16 @@ def number(value: float) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.3g}"
 
 
-def to_bytes(figure: Figure, kind: str, recipe: Mapping[str, Any] | None = None, dpi: int = 150) -> bytes:
-    """The figure as svg, png or pdf (fonts embedded); the recipe goes into its metadata."""
+def scaled(figure: Figure, scale: tuple[float, float] | None) -> Figure:
+    """The figure with the colours of its heat map running from low to high; other figures as they are."""
+    if scale is None or figure.kind != "heat":
+        return figure
+    return replace(figure, data={**figure.data, "scale": tuple(scale)})
+
+
+def to_bytes(figure: Figure, kind: str, recipe: Mapping[str, Any] | None = None, dpi: int = DPI) -> bytes:
+    """The figure as svg, png or pdf (fonts embedded); the recipe goes into its metadata. RequestError for a
+    PNG of more than MOST_PIXELS."""
     import matplotlib
 
     matplotlib.use("agg", force=False)
@@ -51,8 +63,31 @@ def to_bytes(figure: Figure, kind: str, recipe: Mapping[str, Any] | None = None,
     with warnings.catch_warnings(), matplotlib.rc_context(style):
         warnings.filterwarnings("ignore", "Glyph")  # a sign that the font lacks is drawn as a box
         drawn = _DRAWERS[figure.kind](figure)
+        if kind == "png":
+            _check_pixels(*drawn.get_size_inches(), dpi)
         out = io.BytesIO()
         drawn.savefig(out, format=kind, dpi=dpi, metadata=metadata)
+    return out.getvalue()
+
+
+def _check_pixels(width: float, height: float, dpi: int) -> None:
+    most = int(math.sqrt(MOST_PIXELS / (width * height)))
+    if dpi > most:
+        raise RequestError(
+            f"At {dpi} dots per inch this figure would have {width * height * dpi**2 / 1e6:.0f} million "
+            f"pixels; take at most {most}, or SVG or PDF, which have no pixels."
+        )
+
+
+def image_bytes(pixels: np.ndarray, note: str = "") -> bytes:
+    """An image (H, W, 3) uint8 as PNG, with a text in its metadata."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    said, out = PngInfo(), io.BytesIO()
+    if note:
+        said.add_text("Description", note, zip=len(note) > 4096)
+    Image.fromarray(pixels).save(out, "png", pnginfo=said)
     return out.getvalue()
 
 
@@ -71,23 +106,24 @@ def _canvas(width: float, height: float, figure: Figure) -> Any:
 
 
 def _palette() -> Any:
-    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.colors import ListedColormap
 
-    palette = LinearSegmentedColormap.from_list("locus", [NEGATIVE, NEUTRAL, POSITIVE])
-    return palette.with_extremes(bad=EMPTY)
+    return ListedColormap(SHADES, "locus").with_extremes(bad=EMPTY)
 
 
 def _heat(figure: Figure) -> Any:
-    """data: rows, cols (labels), values (rows, cols), unit, and optionally row_title, col_title, printed
-    (bool)."""
+    """data: rows, cols (labels), values (rows, cols), unit, and optionally row_title, col_title, scale ((low,
+    high) of the colours)."""
     data = figure.data
     values = np.asarray(data["values"], float)
     tall, wide = values.shape
     rows, cols = [_short(r, 60) for r in data["rows"]], [_short(c, 24) for c in data["cols"]]
     canvas = _canvas(2.8 + 0.42 * wide + 0.06 * max(map(len, rows), default=0), 1.9 + 0.34 * tall, figure)
     axes = canvas.subplots()
-    limit = scale_limit(values)
-    image = axes.imshow(np.ma.masked_invalid(values), cmap=_palette(), vmin=-limit, vmax=limit, aspect="auto")
+    low, high = scale_of(data)
+    limit = max(abs(low), abs(high))
+    look = dict(cmap=_palette(), vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
+    image = axes.imshow(np.ma.masked_invalid(np.clip(values, low, high)), **look)
     axes.set_xticks(range(wide), cols, rotation=60, ha="right", fontsize=7)
     axes.set_yticks(range(tall), rows, fontsize=8)
     axes.set_xlabel(_short(data.get("col_title", ""), 80))
@@ -105,7 +141,10 @@ def _heat(figure: Figure) -> Any:
                     fontsize=5.5,
                     color=ink,
                 )
-    canvas.colorbar(image, ax=axes, label=_short(data.get("unit", ""), 80), fraction=0.04)
+    beyond = (bool((values < low).any()), bool((values > high).any()))
+    ends = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(beyond, "neither")
+    bar = canvas.colorbar(image, ax=axes, label=_short(data.get("unit", ""), 80), fraction=0.04, extend=ends)
+    bar.ax.set_ylim(low, high)
     return canvas
 
 
@@ -170,7 +209,7 @@ def _curve(figure: Figure) -> Any:
     data = figure.data
     canvas = _canvas(5.6, 4.6, figure)
     axes = canvas.subplots()
-    colours = itertools.cycle((POSITIVE, NEGATIVE, "#3f3f46", "#7c9a3a", "#b8860b", "#7b3294"))
+    colours = itertools.cycle(SERIES)
     for series, colour in zip(data["series"], colours, strict=False):
         x, y = np.asarray(series["x"], float), np.asarray(series["y"], float)
         known = np.isfinite(x) & np.isfinite(y)
@@ -240,20 +279,25 @@ _DRAWERS: dict[str, Callable[[Figure], Any]] = {
 }
 
 
-def to_csv(arrays: Mapping[str, Trace]) -> str:
+def to_csv(arrays: Mapping[str, Trace], note: str = "") -> str:
     """All arrays as one table: array, the labels of its axes as name=label, value, unit. Image arrays are
-    left out."""
+    left out. A note stands in a last column, `recipe`, of the first row alone."""
     out = io.StringIO()
     writer = csv.writer(out)
-    writer.writerow(["array", "place", "value", "unit"])
+    writer.writerow(["array", "place", "value", "unit", *(["recipe"] if note else [])])
+    for i, row in enumerate(_numbers(arrays)):
+        writer.writerow([*row, *(["" if i else note] if note else [])])
+    return out.getvalue()
+
+
+def _numbers(arrays: Mapping[str, Trace]) -> Iterator[list[str]]:
+    """[array, place, value, unit] of every number."""
     for name, trace in arrays.items():
         if trace.values.dtype == np.uint8:
             continue
         for index in np.ndindex(trace.values.shape):
             place = "; ".join(f"{a.name}={a.labels[i]}" for a, i in zip(trace.axes, index, strict=True))
-            value = f"{float(trace.values[index]):.9g}"
-            writer.writerow([harmless(name), harmless(place), value, harmless(trace.unit)])
-    return out.getvalue()
+            yield [harmless(name), harmless(place), f"{float(trace.values[index]):.9g}", harmless(trace.unit)]
 
 
 def harmless(text: str) -> str:

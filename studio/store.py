@@ -26,6 +26,7 @@ from studio import figures
 from studio.errors import RequestError, StudioError
 from studio.kept_edits import HIDDEN, KeptEdits
 from studio.kept_edits import copy_file as copy_file
+from studio.recipes import FORMAT, as_text, carried, check_format
 from studio.types import Axis, Edit, Figure, Recipe, Result, Run, Trace
 
 EDIT_FILE = "edit.safetensors"  # in the folder of a run that made an edit
@@ -176,20 +177,18 @@ def write_run(run: Run, folder: Path, figure: Figure | None = None) -> None:
 
 
 def _fill(run: Run, folder: Path, figure: Figure | None) -> None:
-    from PIL import Image
-
-    record = as_record(run)
+    record, note = as_record(run), carried(run)
     np.savez_compressed(folder / "arrays.npz", **{n: t.values for n, t in run.result.arrays.items()})
     (folder / "images").mkdir()
     for name, pixels in run.result.images.items():
-        Image.fromarray(pixels).save(folder / "images" / f"{name}.png")
+        (folder / "images" / f"{name}.png").write_bytes(figures.image_bytes(pixels, as_text(note)))
     if run.result.edit is not None:
         write_edit(run.result.edit, folder / EDIT_FILE)
     if run.result.made is not None:
         write_tensors(run.result.made.tensors, run.result.made.note, folder / MADE_FILE)
     if figure is not None:
         for kind in figures.FORMATS:
-            (folder / f"figure.{kind}").write_bytes(figures.to_bytes(figure, kind, record["recipe"]))
+            (folder / f"figure.{kind}").write_bytes(figures.to_bytes(figure, kind, note))
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
     (folder / "run.json").write_text(text + "\n", encoding="utf-8")
 
@@ -240,6 +239,7 @@ def as_record(run: Run) -> dict[str, Any]:
         for n, t in run.result.arrays.items()
     }
     return {
+        "format": FORMAT,
         "recipe": run.recipe.as_dict() | {"key": run.key},
         "model": dict(run.model),
         "status": run.status,
@@ -290,6 +290,7 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        check_format(record.get("format", FORMAT), f"The run in {folder}")
         recipe, result = record["recipe"], record["result"]
         with (folder / "arrays.npz").open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             arrays = {

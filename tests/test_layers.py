@@ -19,7 +19,7 @@ LEVELS = {
     "studio.file_quota": 1,
     **dict.fromkeys(("studio.kept_edits", "studio.run_notes", "studio.run_bin", "studio.run_index"), 1),
     **dict.fromkeys(("studio.run_quota", "studio.run_difference", "studio.run_grid"), 1),
-    **dict.fromkeys(("studio.recipes", "studio.restore", "studio.zip_import"), 1),
+    **dict.fromkeys(("studio.recipes", "studio.restore", "studio.zip_import", "studio.palette"), 1),
     "studio.models": 2,
     **dict.fromkeys(("studio.edits", "studio.edit_files", "studio.edit_export", "studio.solver_race"), 3),
     "studio.vision_race": 3,
@@ -42,11 +42,22 @@ LEVELS = {
     ),
     **dict.fromkeys(("studio", "studio.bench", "studio.planted"), 6),
     **dict.fromkeys(("studio.planted_components", "studio.planted_vision", "studio.diffusion_race"), 6),
+    "studio.spurious_correlation": 6,
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.options", "launch"), 8),
 }
 WRITING = (
-    *("store", "kept_edits", "run_notes", "run_bin", "run_quota", "file_quota", "exports", "uploads", "zip_import"),
+    *(
+        "store",
+        "kept_edits",
+        "run_notes",
+        "run_bin",
+        "run_quota",
+        "file_quota",
+        "exports",
+        "uploads",
+        "zip_import",
+    ),
     "bench",
 )
 WITHOUT_TORCH = ("images", "types", "errors", "registry", "figures", "store", "exports", "uploads", "measure")

@@ -2,15 +2,11 @@
 const root = element.querySelector('.map'), said = element.querySelector('.said');
 let cur = [0, 0], held = null;
 const data = () => props.value && props.value.rows ? props.value : null;
-function mix(a, b, t) {
-  const p = h => [1, 3, 5].map(i => parseInt(h.slice(i, i + 2), 16));
-  const x = p(a), y = p(b);
-  return 'rgb(' + x.map((v, i) => Math.round(v + (y[i] - v) * t)).join(',') + ')';
-}
 function colour(d, v) {
   if (v === null) return d.palette.empty;
-  const t = Math.max(-1, Math.min(1, v / d.limit));
-  return t < 0 ? mix(d.palette.neutral, d.palette.negative, -t) : mix(d.palette.neutral, d.palette.positive, t);
+  const [low, high] = d.scale, limit = Math.max(Math.abs(low), Math.abs(high)), shades = d.palette.shades;
+  const share = (Math.max(low, Math.min(high, v)) / limit + 1) / 2;
+  return shades[Math.min(shades.length - 1, Math.floor(share * shades.length))];
 }
 function shown(d, r, c) {
   const v = d.z[r][c];
@@ -50,12 +46,12 @@ function draw() {
       s.append(g);
     }
   }
-  const y = H - 20, n = 41;
-  for (let i = 0; i < n; i++) s.append(svg('rect', {x: left + i * 4, y: y, width: 4.2, height: 8, fill: colour(d, (i / (n - 1) * 2 - 1) * d.limit)}));
-  s.append(svg('text', {x: left, y: y + 18, style: 'font-size:9px'}, (-d.limit).toPrecision(2)),
-    svg('text', {x: left + 82, y: y + 18, style: 'font-size:9px', 'text-anchor': 'middle'}, '0'),
-    svg('text', {x: left + 164, y: y + 18, style: 'font-size:9px', 'text-anchor': 'end'}, d.limit.toPrecision(2)),
+  const y = H - 20, n = 41, [low, high] = d.scale, zero = -low / (high - low);
+  for (let i = 0; i < n; i++) s.append(svg('rect', {x: left + i * 4, y: y, width: 4.2, height: 8, fill: colour(d, low + i / (n - 1) * (high - low))}));
+  s.append(svg('text', {x: left, y: y + 18, style: 'font-size:9px'}, low.toPrecision(2)),
+    svg('text', {x: left + 164, y: y + 18, style: 'font-size:9px', 'text-anchor': 'end'}, high.toPrecision(2)),
     svg('text', {x: left + 174, y: y + 8, style: 'font-size:10px'}, d.unit));
+  if (zero > 0.3 && zero < 0.7) s.append(svg('text', {x: left + 164 * zero, y: y + 18, style: 'font-size:9px', 'text-anchor': 'middle'}, '0'));
   root.append(s);
   if (d.caption) {
     root.append(make('p', 'caption', d.caption));
