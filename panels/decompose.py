@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from panels import bars, decompose_form, decompose_view, decompose_without, heatmap, widgets
+from panels import bars, decompose_form, decompose_view, decompose_without, heatmap, reopening, widgets
 from panels import decompose_images as pictured
 from panels.decompose_form import HINT
 from panels.decompose_images import PRESS
@@ -21,7 +22,7 @@ from studio.methods.vit_decomposition import HEAD
 from studio.methods.word_maps import overlay
 from studio.registry import find_method
 from studio.session import Session
-from studio.types import Recipe, Result
+from studio.types import Recipe, Result, Run
 
 TITLE = "Decompose"
 NEEDS = "components"
@@ -82,7 +83,8 @@ class _Panel(Running):
         self._wire_clicks(place, seen)
         again = [out["chosen"].change, out["by"].input, out["csv"].upload, out["csv"].clear]
         gr.on([*again, out["text"].input], self.recount, chosen, told, trigger_mode="always_last", **QUIET)
-        started.then(self.recount, chosen, told, **QUIET)
+        for event in (started, self.reopened):
+            event.then(self.recount, chosen, told, **QUIET)
         self._wire_truly()
 
     def _wire_clicks(self, place: list, seen: list) -> None:
@@ -140,6 +142,20 @@ class _Panel(Running):
             asked["heads"] = None
         model = (given["model"] or "").strip()
         return Recipe(method.name, model, decompose_form.space(model, asked), {}, ())
+
+    def also_restored(self) -> list[Any]:
+        """What shows the images."""
+        return [self.form["gallery"], self.form["said"], self.chooser.kept]
+
+    def restored(self, recipe: Recipe, run: Run | None, *here: Any) -> dict[Any, Any]:
+        """The inputs of a kept run; an aligner that is taken without being asked for is not asked for."""
+        asked = {**recipe.inputs, **recipe.params}
+        own = decompose_form.space(recipe.model, {})
+        if own and own == {n: asked.get(n) for n in own}:
+            asked |= dict.fromkeys(own)
+        back = reopening.filled(replace(recipe, inputs=asked, params={}), self.form)
+        back.pop(self.form["images"], None)
+        return back | self.chooser.back(recipe.inputs.get("images") or ())
 
     # ---- images -------------------------------------------------------------------------------------------
 

@@ -59,6 +59,21 @@ def files_of(session: Session, set_id: str | None) -> list[Path]:
     return image_files([str(folder_of(session, set_id))])[0]
 
 
+def set_of(session: Session, given: Sequence[str]) -> str | None:
+    """The id of the set whose folder a run's images are; None for images that no page chose."""
+    folders = [Path(g) for g in given]
+    if folders == [folder_of(session, EXAMPLES)]:
+        return EXAMPLES
+    root = Uploads(session.store).root
+    if len(folders) != 1 or folders[0].parent != root:
+        return None
+    try:
+        folder_of(session, folders[0].name)
+    except StudioError:
+        return None
+    return folders[0].name
+
+
 def added(session: Session, set_id: str | None, given: Sequence[str]) -> tuple[str, str]:
     """(the id of a set with more images, a sentence about them). Examples are replaced, other sets grow.
 
@@ -158,6 +173,17 @@ class Chooser:
         if len(thumbs) == MOST_SHOWN:
             said += f" The first {MOST_SHOWN} are shown."
         return [set_id, gr.update(value=thumbs), said, {"images": set_id}]
+
+    def back(self, given: Sequence[str]) -> dict[Any, Any]:
+        """Updates that choose a run's images again; those that are no longer kept are said."""
+        form, found = self.form, set_of(self.session, given)
+        if found is None:
+            lost = "The images of this run are not among those kept here; choose them again to run it."
+            return {form["said"]: lost}
+        count = len(files_of(self.session, found))
+        said = TOLD if found == EXAMPLES else f"{count} image{'s' if count > 1 else ''}."
+        here = [form["images"], form["gallery"], form["said"], self.kept]
+        return dict(zip(here, self.shown(found, said), strict=True))
 
     def take(self, files: list[str] | None, set_id: str) -> list[Any]:
         """Files or a folder were uploaded."""

@@ -87,6 +87,10 @@ class Stack:
         rest = self.entries[:i] + self.entries[i + 1 :]
         return self._to(rest, self.picked if self.picked < i else max(self.picked - 1, 0 if rest else -1))
 
+    def replaced(self, entries: tuple[Entry, ...]) -> Stack:
+        """Other entries in the place of all, the last one picked."""
+        return self._to(entries, len(entries) - 1)
+
     def pick(self, i: int) -> Stack:
         """Entry i is the one that the slider acts on."""
         self._at(i)

@@ -11,11 +11,11 @@ from typing import Any
 
 import gradio as gr
 
-from panels import widgets
+from panels import reopening, widgets
 from studio.errors import RequestError
 from studio.jobs import Job
 from studio.session import Session
-from studio.types import Recipe, Result
+from studio.types import Recipe, Result, Run
 
 QUIET = dict(queue=False, show_progress="hidden", api_visibility="private")
 STREAM = dict(
@@ -26,6 +26,9 @@ STREAM = dict(
 class Running(ABC):
     """Base of a panel's handlers. `form` and `out` are inputs and outputs by name; run, stop and status are
     among them, and perhaps the row of export buttons under "export"."""
+
+    LAYS_EDITS = False  # whether its runs go under the stack of edits
+    EARLIER = "What is shown below is of the run before."  # said when Run is refused and results are there
 
     def __init__(self, panel: str, session: Session, form: dict[str, Any], out: dict[str, Any]) -> None:
         self.panel, self.session, self.form, self.out = panel, session, form, out
@@ -70,11 +73,15 @@ class Running(ABC):
         buttons = out["export"].values() if "export" in out else ()
         shown = [self.state, self.cell, self.client, form["run"], form["stop"], *self.fields, *buttons]
         runs = dict(outputs=shown, **STREAM)
-        started = gr.on([form["run"].click, *also], self.start, set(self.named), **runs)
+        started = gr.on([form["run"].click, *also], self.start, {*self.named, self.state}, **runs)
         form["stop"].click(self.stop, self.client, out["status"], **QUIET)
         page = gr.context.Context.root_block
-        loaded = page.load(self.again, self.client, **runs)
+        filled = list(dict.fromkeys([*shown, *self.named]))
+        loaded = page.load(self.again, self.client, filled, **STREAM)
         page.unload(_leaver(self.viewers))
+        opener, back = reopening.Opener(self.panel), [*shown, *self.named, *self.also_restored()]
+        outputs = list(dict.fromkeys(back))
+        self.reopened = opener.select(self.reopen, [self.client, *self.also_asked()], outputs, **STREAM)
         return started, loaded
 
     # ---- handlers -----------------------------------------------------------------------------------------
@@ -85,11 +92,13 @@ class Running(ABC):
         try:
             job = self.session.submit(self.recipe(given), user=str(request.session_hash))
         except Exception as error:
-            yield {self.out["status"]: widgets.spoken(error)}
+            earlier = self.EARLIER if values.get(self.state) else ""
+            yield {self.out["status"]: f"{widgets.spoken(error)} {earlier}".strip()}
             return
         self.viewers.watch(str(request.session_hash), job)
         yield {
             self.client: {"job": job.id, "token": job.token},
+            self.state: {},
             self.cell: None,
             self.form["stop"]: gr.Button(interactive=True),
             self.out["status"]: "Starting …",
@@ -99,8 +108,12 @@ class Running(ABC):
         yield from self.stream(job)
 
     def again(self, kept: dict | None, request: gr.Request) -> Iterator[dict]:
-        """The page is alive: Run can be pressed. A job that this browser started is taken up if it runs."""
-        yield {self.form["run"]: gr.Button(interactive=True)}
+        """The page is alive: Run can be pressed; a link's inputs are put in. A job that this browser started
+        is taken up if it runs."""
+        query = dict(request.query_params)
+        mine = query.get("tab", "").lower() == self.panel
+        asked = reopening.linked(query, self.form, self.named) if mine else {}
+        yield {self.form["run"]: gr.Button(interactive=True), **asked}
         job = self.job_of(kept)
         if job is None or job.over:
             return
@@ -137,6 +150,56 @@ class Running(ABC):
             return
         final |= {self.state: self.kept(job), **self.drawn(job.recipe, last, again=True)}
         yield final
+
+    # ---- a kept run once more -----------------------------------------------------------------------------
+
+    def restored(self, recipe: Recipe, run: Run | None, *here: Any) -> dict[Any, Any]:
+        """Updates that put a recipe back into the inputs; `run`: the kept one, where there is one; `here`:
+        the values of `also_asked`."""
+        return reopening.filled(recipe, self.form)
+
+    def also_restored(self) -> list[Any]:
+        """Outputs of `restored` that are no inputs of the form."""
+        return []
+
+    def also_asked(self) -> list[Any]:
+        """What `restored` is given of the page besides."""
+        return []
+
+    def reopen(
+        self, request: gr.Request, event: gr.EventData, kept: dict | None, *here: Any
+    ) -> dict[Any, Any]:
+        """A run is opened again (or a recipe put in): inputs, results and exports, as after Run."""
+        try:
+            job = self.job_of(kept)
+            if job is not None and not job.over:
+                raise RequestError("A run goes on here; stop it or wait for its end, then open the other.")
+            recipe, run = reopening.asked_for(event, self.session.store)
+            update = self.restored(recipe, run, *here)
+            if run is None:
+                return update | {self.out["status"]: "The inputs are put back; press Run for the results."}
+            return update | self.shown_again(run)
+        except Exception as error:
+            return {self.out["status"]: widgets.spoken(error)}
+
+    def shown_again(self, run: Run) -> dict[Any, Any]:
+        """Updates that show a kept run's results, and say what it was."""
+        out, opened = self.out, reopening.Opened(run.recipe, run)
+        said = f"Opened the run of {run.started[:16].replace('T', ' ')} UTC, {run.status}."
+        said += "".join(f" Note: {w}" for w in run.result.values.get("warnings") or ())
+        if run.recipe.edits and not self.LAYS_EDITS:
+            said += f" It was made under edits ({len(run.recipe.edits)}), which Run does not lay over here."
+        update = {self.state: {"run": run.id}, self.cell: None, **self.cleared()}
+        if "export" in out:
+            update |= widgets.exported(self.session.store.path(run.id), out["export"])
+        try:
+            update |= {**self.ended(opened), **self.drawn(run.recipe, run.result, again=True)}
+        except (KeyError, IndexError, ValueError, TypeError) as error:  # a run that was stopped early
+            if run.status == "done":
+                raise
+            said += f" It ended before there was enough for a figure ({type(error).__name__})."
+            update |= self.empty()
+        return update | {out["status"]: said}
 
     # ---- what is on screen --------------------------------------------------------------------------------
 
