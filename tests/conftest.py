@@ -28,3 +28,10 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def atlas(session: Any) -> Any:
     """The embedded text-to-image model, loaded."""
     return session.model("atlas-sd", "diffusion")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For `-n`: what drives a browser goes to one worker, every other file to whichever is free."""
+    for item in items:
+        group = "browser" if "browser" in item.path.parts else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(group))
