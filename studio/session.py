@@ -24,14 +24,15 @@ from studio.edits import Composer, overlay
 from studio.errors import Cancelled, RequestError, StudioError
 from studio.jobs import Job, JobQueue
 from studio.models.catalog import DEFAULT_SCORER
-from studio.models.device import default_threads, free_memory, pick_device
-from studio.models.loading import Source, home, load_diffusion, loaded_bytes, locate
+from studio.models.device import default_threads, free_memory, pick_device, release
+from studio.models.hub import Hub
+from studio.models.loaded import check_dtype, check_memory, load
+from studio.models.loading import Source, home, locate
 from studio.provenance import files_read, laid, origin, versions, with_warnings
 from studio.registry import Method, find_method, parse, plain
 from studio.store import Store, write_run
 from studio.types import Recipe, Result, Run
 
-DTYPES = ("auto", "float32", "float16", "bfloat16")
 _log = logging.getLogger("locus")
 _KINDS = {"diffusion": "a text-to-image model", "clip": "a CLIP", "language": "a language model"}
 _KINDS |= {"vision": "a vision transformer"}
@@ -40,7 +41,8 @@ _KINDS |= {"vision": "a vision transformer"}
 class Session:
     """One backend: models on one device, one queue in front of them, one store behind.
 
-    device: auto (CUDA, then MPS, then CPU), cpu, cuda or mps. dtype: auto is float32. threads: of torch on
+    device: auto (CUDA, then MPS, then CPU), cpu, cuda or mps. dtype: auto is float32; int8 and int4 are for
+    the weights of language models. threads: of torch on
     the CPU.
     memory: bytes that loaded models may take (default: 70 % of what is free at the start). batch: rows of
     one forward.
@@ -58,18 +60,13 @@ class Session:
         batch: int | None = None,
     ) -> None:
         self.device = pick_device(device)
-        if dtype not in DTYPES:
-            raise RequestError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
-        self.dtype = "float32" if dtype == "auto" else dtype
-        if self.device == "cpu" and self.dtype == "float16":
-            raise RequestError(
-                "float16 is too slow and too coarse on a CPU; take --dtype float32 or bfloat16."
-            )
+        self.dtype = check_dtype(dtype, self.device)
         if threads is not None and not 1 <= threads <= 1024:
             raise RequestError(f"--threads must be from 1 to 1024, not {threads}.")
         self.threads = threads or default_threads()
         self.batch = batch or (16 if self.device == "cpu" else 64)
         self.models_folder = Path(models).expanduser() if models else None
+        self.hub = Hub()
         self.store = Store(runs or home() / "runs")
         self._memory = memory
         self._loaded: OrderedDict[tuple, Any] = OrderedDict()
@@ -133,10 +130,10 @@ class Session:
         configuration alone."""
         from studio.models.sites import cross_attention_names
 
-        source = locate(name, self.models_folder)
+        source = locate(name, self.models_folder, self.hub)
         if source.kind != "diffusion":
             raise RequestError(f"{name} is no text-to-image model, so it has no cross-attention layers.")
-        return cross_attention_names(source.path)
+        return cross_attention_names(source.configuration)
 
     def checked(self, recipe: Recipe) -> Recipe:
         """The recipe with every default filled in, or RequestError."""
@@ -172,13 +169,14 @@ class Session:
         key = (str(source.path.resolve()), source.fingerprint, self.dtype, kind)
         if key not in self._loaded:
             self._make_room(source)
-            self._loaded[key] = self._load(source, kind)
-        self._loaded.move_to_end(key)
-        return self._loaded[key]
+            self._loaded[key] = load(source, kind, self.device, self.dtype)
+        model = self._loaded[key]
+        self._loaded[key] = self._loaded.pop(key, model)  # the last one used; another thread may let it go
+        return model
 
     def source(self, name: str, kind: str) -> Source:
         """Where a model of this kind is, before anything is loaded; RequestError when there is none."""
-        source = locate(name, self.models_folder)
+        source = locate(name, self.models_folder, self.hub)
         if source.kind != kind and (kind, source.kind) != ("vision", "clip"):
             want = _KINDS.get(kind, kind)
             own = _KINDS.get(source.kind, "") if source.kind != "language" else ""
@@ -188,49 +186,29 @@ class Session:
 
     def loaded(self) -> list[tuple[str, int]]:
         """(name, bytes) of the models in memory, least recently used first."""
-        return [(m.id, m.nbytes()) for m in self._loaded.values()]
+        return [(m.id, m.nbytes()) for m in list(self._loaded.values())]
 
     def unload(self, name: str) -> bool:
         """Lets a model go; False when it wasn't loaded."""
-        keys = [k for k, m in self._loaded.items() if m.id == name]
-        for key in keys:
-            del self._loaded[key]
+        keys = [k for k, m in list(self._loaded.items()) if m.id == name]
+        gone = [self._loaded.pop(key, None) for key in keys]
+        del gone
+        release(self.device)
         return bool(keys)
 
-    def _load(self, source: Source, kind: str) -> Any:
-        import torch
+    def budget(self) -> int:
+        """Bytes that models may take in all."""
+        if self._memory is not None:
+            return self._memory
+        return int(0.7 * (free_memory(self.device) + sum(b for _, b in self.loaded())))
 
-        from studio.models.base import self_check
-
-        if kind == "vision":
-            from studio.models.vit import VisionModel
-
-            model = VisionModel(source, self.device, getattr(torch, self.dtype))
-        elif source.kind == "clip":
-            from studio.models.vision import ClipModel
-
-            model = ClipModel(source, self.device)
-        elif source.kind == "language":
-            from studio.models.language import LanguageModel
-
-            model = LanguageModel(source, self.device, getattr(torch, self.dtype))
-        else:
-            model = load_diffusion(source, self.device, getattr(torch, self.dtype))
-        self_check(model)
-        return model
+    def load(self, name: str, kind: str, *, user: str = "local") -> Job:
+        """A job that loads a model in turn and keeps it, so that the next run starts at once."""
+        return self.queue.submit(Recipe("", name), user, call=lambda model: None, kind=kind)
 
     def _make_room(self, source: Source) -> None:
-        need = loaded_bytes(source.path, self.dtype)
-        budget = (
-            self._memory
-            if self._memory is not None
-            else int(0.7 * (free_memory(self.device) + sum(b for _, b in self.loaded())))
-        )
-        if need > budget:
-            raise StudioError(
-                f"{source.name} needs about {need / 1e9:.1f} GB and {budget / 1e9:.1f} GB may be used on "
-                f"{self.device}; close other programs, or take a smaller model or --dtype."
-            )
+        budget = self.budget()
+        need = check_memory(source, self.dtype, budget, self.device)
         while self._loaded and sum(b for _, b in self.loaded()) + need > budget:
             self._loaded.popitem(last=False)
 

@@ -30,6 +30,37 @@ def default_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def whole_memory(device: str) -> int:
+    """Bytes of memory that the device has."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.mem_get_info()[1]
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+def device_name(device: str) -> str:
+    """The device as a person knows it: the GPU's name, or how many cores this process may use."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name()
+    return f"{default_threads()} CPU cores" if device == "cpu" else "Apple GPU"
+
+
+def release(device: str) -> None:
+    """Gives memory that nothing uses any more back to the system."""
+    import gc
+
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+
+
 def free_memory(device: str) -> int:
     """Free bytes on the device."""
     if device == "cuda":

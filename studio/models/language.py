@@ -59,16 +59,21 @@ class LanguageModel(OneNetwork):
 
     `blocks` are its layers, `embedding` the token embedding, `final_norm` and `head` what follows the last
     layer; `max_length` is the longest prompt in tokens. RequestError for a family or a tokenizer that can't
-    be used, StudioError for files that do not fit one another.
+    be used, StudioError for files that do not fit one another. `quantized` ("int8", "int4") holds the
+    weights of its linear layers in 8 or 4 bits by bitsandbytes (arXiv 2208.07339, 2305.14314) and computes
+    in float16, on a CPU in float32.
     """
 
     provides = frozenset({"language"})
 
-    def __init__(self, source: Source, device: str, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, source: Source, device: str, dtype: torch.dtype = torch.float32, quantized: str = ""
+    ) -> None:
         _check_family(source)
         loaded_bytes(source.path)
         tokenizer = _tokenizer(source)
-        self._take(_network(source, dtype), source, torch.device(device), tokenizer)
+        net = _network(source, **{"dtype": dtype, **_quantization(quantized, device)})
+        self._take(net, source, torch.device(device), tokenizer)
         _check_vocabulary(self)
 
     @classmethod
@@ -80,7 +85,8 @@ class LanguageModel(OneNetwork):
 
     def _take(self, net: Any, source: Source, device: torch.device, tokenizer: Any) -> None:
         self.source, self.device, self.tokenizer = source, device, tokenizer
-        self.net = net.to(device).eval().requires_grad_(False)
+        net = net if getattr(net, "is_quantized", False) else net.to(device)  # those are placed as they load
+        self.net = net.eval().requires_grad_(False)
         self.blocks = language_blocks(self.net, self.family)
         self.embedding, self.final_norm = (self._module("", kind) for kind in ("embedding", "norm"))
         self.head = self.net.get_output_embeddings()
@@ -247,7 +253,19 @@ def _check_family(source: Source) -> None:
     )
 
 
-def _network(source: Source, dtype: torch.dtype) -> Any:
+def _quantization(kind: str, device: str) -> dict[str, Any]:
+    """What transformers is told of weights in 8 or 4 bits; nothing for whole ones."""
+    if not kind:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    number = torch.float32 if device == "cpu" else torch.float16
+    four = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=number)
+    config = BitsAndBytesConfig(**(four if kind == "int4" else dict(load_in_8bit=True)))
+    return {"quantization_config": config, "device_map": {"": device}, "dtype": number}
+
+
+def _network(source: Source, **options: Any) -> Any:
     """The causal language model through transformers' own loader, safetensors only, none of its code from
     the folder."""
     import transformers
@@ -256,12 +274,12 @@ def _network(source: Source, dtype: torch.dtype) -> Any:
         transformers.utils.logging.disable_progress_bar()
         net, info = transformers.AutoModelForCausalLM.from_pretrained(
             source.path,
-            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
             attn_implementation="sdpa",
             output_loading_info=True,
+            **options,
         )
     except _FAULTS as error:
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):

@@ -73,7 +73,8 @@ class Blocks:
     def keys(self, layer: int, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys and values alone, as of `project`; None where they can't be had without the queries."""
         attention = self.model.attention(layer)
-        if (name := language_queries(attention)) is None:
+        name = language_queries(attention)
+        if name is None or not attention.get_submodule(name).weight.is_floating_point():  # 8 or 4 bits
             return None
         one = {  # the queries of one head, which nobody reads
             f"{name}.{key}": p[: self.size] for key, p in attention.get_submodule(name).named_parameters()

@@ -1,5 +1,5 @@
-"""From a name to weights on disk: the catalogue, a folder, or a hub id; fingerprints; every fault in one
-sentence.
+"""From a name to weights on disk: the catalogue, a folder, a checkpoint file, or a hub id; fingerprints;
+every fault in one sentence.
 
 Only safetensors are opened. A fingerprint hashes the tensors as stored, so file layout and device do not
 matter.
@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -21,6 +20,9 @@ from typing import Any
 
 from studio.errors import RequestError, StudioError
 from studio.models.catalog import CATALOG, Entry
+from studio.models.hub import Hub
+from studio.models.hub import offline_state as offline_state
+from studio.models.single_file import checkpoint_family, layout, load_checkpoint
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 PIPELINES = {
@@ -37,8 +39,8 @@ _FINGERPRINTS: dict[tuple, str] = {}
 
 @dataclass(frozen=True)
 class Source:
-    """A model on disk: the name it was asked for by, its folder, family (sd1, sd2, sdxl, clip …) and hub
-    revision."""
+    """A model on disk: the name it was asked for by, its folder or checkpoint file, family (sd1, sd2, sdxl,
+    clip …) and hub revision."""
 
     name: str
     path: Path
@@ -46,6 +48,11 @@ class Source:
     family: str
     revision: str | None = None
     defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def configuration(self) -> Path:
+        """The folder of its configuration files, which one of weights alone does not bring."""
+        return layout(self.path, self.family) if self.path.is_file() else self.path
 
     @cached_property
     def fingerprint(self) -> str:
@@ -58,8 +65,9 @@ def parameter_bytes(module: Any) -> int:
     return sum(t.numel() * t.element_size() for t in [*module.parameters(), *module.buffers()])
 
 
-def locate(name: str, models: Path | None = None) -> Source:
-    """Finds a model by catalogue name, folder or hub id, downloading the last when it isn't cached.
+def locate(name: str, models: Path | None = None, hub: Hub | None = None) -> Source:
+    """Finds a model by catalogue name, folder, checkpoint file or hub id, downloading the last when it isn't
+    cached (as `hub` allows).
 
     RequestError when the name means nothing or the model is of no known family; StudioError when it can't
     be had.
@@ -71,9 +79,12 @@ def locate(name: str, models: Path | None = None) -> Source:
     entry = CATALOG.get(name)
     if entry and entry.embedded:
         return _source(name, entry.path, entry, None)
-    for folder in [os.path.expanduser(name), *([models / name] if models else [])]:
-        if os.path.isdir(folder):  # unlike Path's, these two take any text
-            return _source(name, Path(folder), None, None)
+    own = [models / f"{name}.safetensors", models / name] if models else []
+    for place in [os.path.expanduser(name), *own]:
+        if os.path.isdir(place):  # unlike Path's, these take any text
+            return _source(name, Path(place), None, None)
+        if os.path.isfile(place):
+            return _source(name, _checkpoint(Path(place)), None, None)
     hub_id = entry.source if entry else name
     if (
         hub_id.count("/") != 1
@@ -82,12 +93,24 @@ def locate(name: str, models: Path | None = None) -> Source:
     ):
         near = get_close_matches(name, CATALOG, 1)
         raise RequestError(
-            f"There is no model {name[:80]!r}: it is no name of `locus models`, no folder, and no hub id "
-            f"(org/name)" + (f"; did you mean {near[0]!r}?" if near else ".")
+            f"There is no model {name[:80]!r}: it is no name of `locus models`, no folder, no .safetensors "
+            f"file and no hub id (org/name)" + (f"; did you mean {near[0]!r}?" if near else ".")
         )
-    folder = _download(hub_id, entry)
+    folder = (hub or Hub()).fetch(hub_id, entry)
     revision = folder.name if folder.parent.name == "snapshots" else None
     return _source(name, folder, entry, revision)
+
+
+def _checkpoint(file: Path) -> Path:
+    """The file, if it may be a checkpoint; RequestError for a pickle or another kind of file."""
+    if file.suffix.lower() != ".safetensors":
+        pickle = (
+            "is a pickle, which can run foreign code, so Locus never opens it"
+            if (file.suffix.lower() in (".ckpt", ".bin", ".pt", ".pth"))
+            else "is no checkpoint"
+        )
+        raise RequestError(f"{file} {pickle}; Locus takes .safetensors files and folders of them.")
+    return file
 
 
 def _source(name: str, folder: Path, entry: Entry | None, revision: str | None) -> Source:
@@ -97,7 +120,10 @@ def _source(name: str, folder: Path, entry: Entry | None, revision: str | None) 
 
 
 def identify(folder: Path) -> tuple[str, str]:
-    """(kind, family) of a model folder by its configuration files."""
+    """(kind, family) of a model folder by its configuration files, or of a checkpoint file by its names."""
+    if folder.is_file():
+        shapes = {name: shape for name, _, shape, _, _ in tensors_of(folder)}
+        return "diffusion", checkpoint_family(folder, shapes)
     if (folder / "model_index.json").exists():
         return "diffusion", _pipeline_family(folder)
     if (folder / "open_clip_config.json").exists():
@@ -139,74 +165,14 @@ def _read_json(file: Path) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-_WANTED = "*.json *.txt *.model */*.json */*.txt */*.safetensors *.safetensors".split()
-_IGNORED = (
-    "*.fp16.* *.non_ema.* *.ckpt *.bin */*.onnx* *flax* *openvino* safety_checker/* consolidated*".split()
-)
-
-
-def _download(hub_id: str, entry: Entry | None) -> Path:
-    """The snapshot folder of a hub model, from the cache or downloaded with a progress bar; safetensors
-    only."""
-    from huggingface_hub import snapshot_download
-
-    if entry:
-        _room_on_disk(entry)
-    try:
-        return Path(snapshot_download(hub_id, allow_patterns=_WANTED, ignore_patterns=_IGNORED))
-    except Exception as error:  # the hub, its HTTP client and Xet each bring classes of their own
-        raise _download_fault(hub_id, error) from error
-
-
-def _download_fault(hub_id: str, error: Exception) -> StudioError:
-    """What a failed download means to a person."""
-    from huggingface_hub import errors as hub
-
-    if isinstance(error, hub.GatedRepoError):
-        return StudioError(
-            f"{hub_id} is gated: accept its licence on its hub page, then sign in with `hf auth login`."
-        )
-    if isinstance(error, hub.RepositoryNotFoundError):
-        return StudioError(
-            f"The hub has no model {hub_id!r}, or it is private; check the id, or sign in with `hf auth "
-            "login`."
-        )
-    if isinstance(error, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled | ConnectionError):
-        return RequestError(
-            f"{hub_id} is not on this machine and the hub can't be reached; connect once to download it, "
-            "or give a folder. atlas-sd works offline."
-        )
-    if isinstance(error, hub.HFValidationError):
-        return RequestError(f"{hub_id!r} is no valid hub id; it has the form org/name.")
-    if isinstance(error, OSError) and error.errno == 28:
-        return StudioError(f"The disk is full while downloading {hub_id}; free some space and start again.")
-    return StudioError(
-        f"Downloading {hub_id} failed ({type(error).__name__}); try again, finished files are kept."
-    )
-
-
-def _room_on_disk(entry: Entry) -> None:
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(entry.source, _PROBES[entry.family]), str):
-        return
-    folder = Path(constants.HF_HUB_CACHE)
-    while not folder.exists():
-        folder = folder.parent
-    if (free := shutil.disk_usage(folder).free) < entry.size * 1.05:
-        raise StudioError(
-            f"{entry.name} needs {entry.size / 1e9:.1f} GB on disk and {folder} has {free / 1e9:.1f} GB "
-            f"free; "
-            "free some space, or set HF_HOME to a larger disk."
-        )
-
-
 # ---- weights files ----------------------------------------------------------------------------------------
 
 
 def weight_files(folder: Path) -> dict[str, list[Path]]:
-    """The safetensors files to read, by component ("" for a model of one part); RequestError when there are
-    only pickles."""
+    """The safetensors files to read, by component ("" for a model of one part or in one file); RequestError
+    when there are only pickles."""
+    if folder.is_file():
+        return {"": [folder]}
     parts = (
         [c for c in COMPONENTS if (folder / c).is_dir()] if (folder / "model_index.json").exists() else [""]
     )
@@ -321,7 +287,7 @@ _LOADING_FAULTS = (OSError, ValueError, KeyError, RuntimeError, TypeError, Attri
 
 
 def load_diffusion(source: Source, device: str, dtype: Any) -> Any:
-    """A DiffusionModel of the folder, through diffusers' own loader, safetensors only."""
+    """A DiffusionModel of the folder or file, through diffusers' own loader, safetensors only."""
     import diffusers
     import torch
     import transformers
@@ -330,6 +296,26 @@ def load_diffusion(source: Source, device: str, dtype: Any) -> Any:
     from studio.models.diffusion import DiffusionModel
 
     loaded_bytes(source.path)
+    try:
+        diffusers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.disable_progress_bar()
+        if source.path.is_file():
+            pipe = load_checkpoint(source.path, source.family, dtype)
+        else:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(source.path, **_options(source, dtype))
+        pipe.to(torch.device(device))
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            raise
+        first = " ".join(str(error).split())[:160]
+        raise StudioError(
+            f"{source.name} can't be loaded: its files do not fit one another ({first})."
+        ) from error
+    return DiffusionModel(pipe, source, device, dtype)
+
+
+def _options(source: Source, dtype: Any) -> dict[str, Any]:
+    """What diffusers is told of a pipeline's folder."""
     options: dict[str, Any] = {
         "dtype": dtype,
         "use_safetensors": True,
@@ -342,40 +328,12 @@ def load_diffusion(source: Source, device: str, dtype: Any) -> Any:
         source.path / "unet"
     ):
         options["variant"] = "fp16"
-    try:
-        diffusers.utils.logging.disable_progress_bar()
-        transformers.utils.logging.disable_progress_bar()
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source.path, **options)
-        pipe.to(torch.device(device))
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
-            raise
-        first = " ".join(str(error).split())[:160]
-        raise StudioError(
-            f"{source.name} can't be loaded: its files do not fit one another ({first})."
-        ) from error
-    return DiffusionModel(pipe, source, device, dtype)
+    return options
 
 
 def _only_variant(folder: Path) -> bool:
     files = [f.name for f in folder.glob("*.safetensors")]
     return bool(files) and all(".fp16." in f for f in files)
-
-
-_PROBES = {"diffusion": "model_index.json", "clip": "open_clip_config.json", "language": "config.json"}
-
-
-def offline_state(entry: Entry) -> tuple[bool, str]:
-    """(ready to use offline, where the weights are) of a catalogue entry."""
-    if entry.embedded:
-        ready = entry.path.is_dir() and any(entry.path.rglob("*.safetensors"))
-        return ready, f"assets/{entry.source}"
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(entry.source, _PROBES[entry.family])
-    return isinstance(cached, str), f"hub: {entry.source}" if not isinstance(cached, str) else str(
-        Path(cached).parent
-    )
 
 
 def home() -> Path:

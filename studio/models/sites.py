@@ -252,8 +252,14 @@ def language_queries(attention: nn.Module) -> str | None:
 
 
 def written_matrix(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(weight (out, in), bias (out,) or None) of a linear module; GPT-2's Conv1D stores (in, out)."""
+    """(weight (out, in), bias (out,) or None) of a linear module; GPT-2's Conv1D stores (in, out), and
+    weights in 8 or 4 bits are written out."""
     from transformers.pytorch_utils import Conv1D
 
+    if not module.weight.is_floating_point():  # packed as its library likes: the module itself unpacks it
+        number = torch.float16 if module.weight.is_cuda else torch.float32
+        with torch.no_grad():
+            found = module(torch.eye(module.in_features, dtype=number, device=module.weight.device))
+        return (found if module.bias is None else found - module.bias).T, module.bias
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
     return weight, module.bias
