@@ -17,7 +17,7 @@ from studio.edits import compose, overlay
 from studio.errors import RequestError, StudioError
 from studio.methods import edit as method
 from studio.methods.concept_pairs import Place, check_readable
-from studio.methods.edit_request import layer_names, record
+from studio.methods.edit_request import layer_names, record, warn_of_size
 from studio.registry import find_method, parse
 from studio.store import write_edit
 from tests import layouts
@@ -284,7 +284,25 @@ def test_a_hundred_concepts(session: Any) -> None:
     """More keys than the width: 400 of 128."""
     concepts = [f"{a} {b} {c}" for a in "abcde" for b in "fghi" for c in "jklmn"]
     run = edit(session, concepts, ["circle"] * 100, images=False)
-    assert len(concepts) == 100 and run.result.values["rank"] == 128
+    values, said = run.result.values, " ".join(run.result.values["warnings"])
+    assert len(concepts) == 100 and values["rank"] == values["width"] == 128 and values["keys"] == 400
+    assert values["relative_size"] > 1 and f"is {values['relative_size']:.2g} times as large as the w" in said
+
+
+def test_what_an_edit_misses_is_said_with_its_reason() -> None:
+    said: list[str] = []
+    report = SimpleNamespace(warn=said.append)
+    values = {"relative_size": 0.2, "values_missed": 0.25, "keys": 400, "width": 128}
+    warn_of_size(100, values, report)
+    warn_of_size(1, values | {"keys": 4}, report)
+    warn_of_size(1, values | {"values_missed": None}, report)
+    warn_of_size(1, values | {"values_missed": 0.09}, report)
+    assert said == [
+        "The edit of 100 concepts misses 25 % of the change that was asked for: 400 tokens are to change, "
+        "and a token has 128 numbers; take fewer concepts at once, or lower --regularization.",
+        "The edit of 1 concept misses 25 % of the change that was asked for; take fewer concepts at once, or "
+        "lower --regularization.",
+    ]
 
 
 def test_pictures_that_would_be_named_alike() -> None:

@@ -18,7 +18,7 @@ from studio.errors import RequestError
 from studio.types import Edit, Report
 
 TEMPLATES = ("{}", "a photo of {}", "an image of {}", "a picture of {}")
-MANY_PIECES = 4  # tokens of one word
+MANY_PIECES = 3  # tokens of one word
 _ROWS = 64  # prompts of one text pass
 
 States = Mapping[str, Any]  # (tokens, width) float64 by prompt

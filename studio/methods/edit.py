@@ -15,7 +15,7 @@ from studio.errors import RequestError, StudioError
 from studio.measure import METRICS, Question, score
 from studio.methods import locoedit, quickfix, uce
 from studio.methods.concept_pairs import TEMPLATES, Place, Wanted, warn_spelled
-from studio.methods.edit_request import check_request, layer_names, record
+from studio.methods.edit_request import check_request, layer_names, record, warn_of_size
 from studio.methods.text_to_image import Bench, SamplingParams, ScoreParams, image_name
 from studio.registry import REQUIRED, knob, method
 from studio.types import Axis, Edit, Figure, Report, Result, Run, Trace
@@ -150,6 +150,7 @@ def edit(
     made, result = solve_edit(model, asked)
     report.step(1)
     concepts = tuple(dict.fromkeys(made.concepts))
+    warn_of_size(len(concepts), result.values, report)
     first = Place.of(model, made.params["templates"][0], concepts[0], False).prompt
     change = output_change(model, made, first, model.plan(params))
     result = replace(result, edit=made, values={**result.values, "output_change": change})
@@ -185,6 +186,8 @@ def solve_edit(model: Any, asked: Edit) -> tuple[Edit, Result]:
     missed, drift = reach(weights, pairs, found)
     values = {
         "matrices_changed": len(deltas),
+        "keys": max(p.keys.shape[1] for p in pairs),
+        "width": max(p.keys.shape[0] for p in pairs),
         "rank": max(d.right.shape[0] for d in found.values()),
         "relative_size": change / sum(n**2 for n in norms.values()) ** 0.5,
         "seconds_reading_keys": keyed - clock,

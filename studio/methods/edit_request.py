@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from studio.errors import RequestError
 from studio.methods.concept_pairs import check_templates
-from studio.types import Edit
+from studio.types import Edit, Report
 
+LARGE = 1.0  # size of a change by that of the weights
+MISSED = 0.1  # share of the asked change that is missed
 MOST_PROMPTS = 4096  # concepts, guides and preserved texts in all templates
 
 
@@ -91,6 +94,25 @@ def record(model: Any, inputs: Any, params: Any, form: Any) -> Edit:
         "strength": float(params.strength),
     }
     return Edit({}, model.fingerprint, concepts, kept, params.method, replacements)
+
+
+def warn_of_size(concepts: int, values: Mapping[str, Any], report: Report) -> None:
+    """Warns of a change as large as the weights, and of concepts that are too many to be met; `values` are
+    those of a solved edit."""
+    size, missed = values["relative_size"], values["values_missed"] or 0.0
+    if size >= LARGE:
+        report.warn(
+            f"The change is {size:.2g} times as large as the weights that it changes, so images of other "
+            "things may suffer too; audit it, take fewer concepts at once, or raise --regularization."
+        )
+    if missed >= MISSED:
+        crowded = values["keys"] > values["width"]
+        reason = f": {values['keys']} tokens are to change, and a token has {values['width']} numbers"
+        report.warn(
+            f"The edit of {concepts} concept{'s' if concepts > 1 else ''} misses {100 * missed:.0f} % of the "
+            f"change that was asked for{reason if crowded else ''}; take fewer concepts at once, or lower "
+            "--regularization."
+        )
 
 
 def layer_names(model: Any, asked: tuple[str, ...]) -> list[str]:
