@@ -8,14 +8,14 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from panels.words import help_of, in_words, label_of
+from panels.export_row import export_buttons as export_buttons
+from panels.export_row import exported as exported
 from studio.errors import Cancelled, StudioError
-from studio.exports import export, new_folder
 from studio.figures import to_bytes
 from studio.jobs import Job
 from studio.models.catalog import CATALOG
@@ -291,25 +291,6 @@ class Viewers:
             watched = any(j is job for j in self._watching.values())
         if not watched:
             job.cancel()
-
-
-def export_buttons(panel: str) -> dict[str, gr.DownloadButton]:
-    """Download buttons for every format, hidden until there is something to export."""
-    with gr.Row(elem_id=f"{panel}-export", visible=False) as row:
-        buttons = {
-            kind: gr.DownloadButton(kind.upper(), size="sm", min_width=64, elem_id=f"{panel}-export-{kind}")
-            for kind in ("svg", "png", "pdf", "csv", "zip")
-        }
-    return {"row": row, **buttons}
-
-
-def exported(folder: Path, buttons: Mapping[str, Any]) -> dict[Any, Any]:
-    """Updates of the export buttons for a run folder."""
-    files = export(folder, new_folder())
-    return {
-        buttons["row"]: gr.Row(visible=True),
-        **{buttons[k]: gr.DownloadButton(value=str(f)) for k, f in files.items()},
-    }
 
 
 def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:

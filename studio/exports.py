@@ -14,13 +14,13 @@ import stat
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from studio import figures
 from studio.errors import StudioError
-from studio.store import HIDDEN, read_run
+from studio.store import HIDDEN
 
 _PREFIX = "locus-export-"
 DAY = 24 * 3600.0
@@ -62,12 +62,21 @@ def _remove(folders: Iterable[Path]) -> int:
     return sum(not folder.exists() for folder in doomed)
 
 
-def to_zip(folder: Path, target: Path, *, packed: bool = True) -> Path:
-    """The whole folder as a zip file at `target`; not `packed`: as it is, for what can't be made smaller."""
-    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as out:
-        for file in sorted(folder.rglob("*")):
-            if file.is_file():
-                out.write(file, Path(folder.name) / file.relative_to(folder))
+def to_zip(
+    folder: Path, target: Path, *, packed: bool = True, also: Mapping[str, Path] = MappingProxyType({})
+) -> Path:
+    """The whole folder as a zip file at `target`, with the files of `also` by their names in the zip; not
+    `packed`: as it is, for what can't be made smaller. StudioError when it can't be written."""
+    try:
+        with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as out:
+            for file in sorted(folder.rglob("*")):
+                if file.is_file():
+                    out.write(file, Path(folder.name) / file.relative_to(folder))
+            for name, file in also.items():
+                out.write(file, Path(folder.name) / name)
+    except OSError as error:
+        target.unlink(missing_ok=True)
+        raise StudioError(f"{target} could not be written: {_reason(error)}.") from error
     return target
 
 
@@ -78,18 +87,9 @@ def zipped(folder: Path) -> Path:
     return target
 
 
-def export(folder: Path, target: Path) -> dict[str, Path]:
-    """Copies a run's figures, its numbers as CSV and the whole run as zip to `target`; {format: file}."""
-    run = read_run(folder)
-    files = {
-        kind: Path(shutil.copy(folder / f"figure.{kind}", target / f"{folder.name}.{kind}"))
-        for kind in figures.FORMATS
-        if (folder / f"figure.{kind}").is_file()
-    }
-    files["csv"] = target / f"{folder.name}.csv"
-    files["csv"].write_text(figures.to_csv(run.result.arrays), encoding="utf-8")
-    files["zip"] = to_zip(folder, target / f"{folder.name}.zip")
-    return files
+def _reason(error: OSError) -> str:
+    """Why something could not be written."""
+    return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -101,8 +101,7 @@ def write_file(path: Path, content: bytes) -> None:
         beside.write_bytes(content)
         beside.replace(path)
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
-        raise StudioError(f"{path} could not be written: {reason}.") from error
+        raise StudioError(f"{path} could not be written: {_reason(error)}.") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -116,7 +115,6 @@ def write_pipeline(pipe: Any, folder: Path) -> None:
         pipe.save_pretrained(beside, safe_serialization=True)
         beside.rename(folder)
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
-        raise StudioError(f"The model could not be saved as {folder}: {reason}.") from error
+        raise StudioError(f"The model could not be saved as {folder}: {_reason(error)}.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -64,6 +64,20 @@ def digest(values: np.ndarray) -> str:
     return hashlib.sha256(head + plain.tobytes()).hexdigest()
 
 
+def difference(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest absolute difference of two arrays: 0 when they are the same bit for bit, infinity when
+    their shapes differ, or where one has a gap (NaN) that the other has not."""
+    if a.shape != b.shape:
+        return float("inf")
+    if digest(a) == digest(b):
+        return 0.0
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    gaps = np.isnan(a)
+    if (gaps != np.isnan(b)).any():
+        return float("inf")
+    return float(np.abs(a[~gaps] - b[~gaps]).max(initial=0.0))
+
+
 def read_note(text: str | Mapping[str, Any], name: str) -> Note:
     """The note in a text or in parsed JSON; `name` is the file's. RequestError says what is wrong with it."""
     found = text

@@ -20,6 +20,7 @@ LEVELS = {
     **dict.fromkeys(("studio.kept_edits", "studio.run_notes", "studio.run_bin", "studio.run_index"), 1),
     **dict.fromkeys(("studio.run_quota", "studio.run_difference", "studio.run_grid"), 1),
     **dict.fromkeys(("studio.recipes", "studio.restore", "studio.zip_import", "studio.palette"), 1),
+    **dict.fromkeys(("studio.run_export", "studio.notebook", "studio.latex", "studio.citations"), 1),
     "studio.models": 2,
     **dict.fromkeys(("studio.edits", "studio.edit_files", "studio.edit_export", "studio.solver_race"), 3),
     "studio.vision_race": 3,

@@ -20,7 +20,7 @@ import pytest
 
 from studio import store
 from studio.errors import RequestError, StudioError
-from studio.exports import export
+from studio.run_export import export
 from studio.store import Store, check_free, read_run, write_run
 from studio.types import Axis, Figure, Recipe, Result, Run, Trace
 
@@ -325,7 +325,8 @@ def test_export_gives_every_format(saved: Path, tmp_path: Path) -> None:
     assert all(f.name == f"{ID}.{kind}" for kind, f in files.items())
     assert files["png"].read_bytes() == (saved / "figure.png").read_bytes()
     lines = files["csv"].read_text("utf-8").splitlines()
-    assert lines[1:] == ["effect,layer=a,1.5,cosine", "effect,layer=größer,nan,cosine"]
+    assert lines[1].startswith("effect,layer=a,1.5,cosine,") and '""generate""' in lines[1]
+    assert lines[2:] == ["effect,layer=größer,nan,cosine,"]
     with zipfile.ZipFile(files["zip"]) as packed:
         packed.extractall(tmp_path / "unpacked")
     assert read_run(tmp_path / "unpacked" / ID).recipe == some_run().recipe
