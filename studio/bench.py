@@ -60,6 +60,23 @@ def planted_vision(session: Any, settings: Any, say: Say) -> list[Row]:
     return measure_vision(say)
 
 
+def spurious_correlation(session: Any, settings: Any, say: Say) -> list[Row]:
+    """Heads that learned the background, with and without its components (studio/spurious_correlation.py)."""
+    import torch
+
+    from studio.models.catalog import ASSETS
+    from studio.spurious_correlation import measure_correlation
+
+    torch.set_num_threads(session.threads)
+    aligner = str(ASSETS / "atlas" / "aligners" / "atlas-vit.safetensors")
+    vit, clip = session.model("atlas-vit", "vision"), session.model("atlas-clip", "clip")
+    asked = {
+        "atlas-vit": (vit, clip, aligner),
+        "atlas-clip": (session.model("atlas-clip", "vision"), None, None),
+    }
+    return measure_correlation(asked, say)
+
+
 def _on_atlas(measure: str) -> Callable[[Any, Any, Say], list[Row]]:
     """An entry's `run`: a function of studio/diffusion_race.py on the embedded model."""
 
@@ -172,6 +189,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("planted-truth", "planted", planted_truth),
     Entry("planted-components", "planted", planted_components),
     Entry("planted-vision", "planted", planted_vision),
+    Entry("spurious-correlation", "planted", spurious_correlation),
 )
 
 

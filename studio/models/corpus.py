@@ -18,17 +18,18 @@ import numpy as np
 import torch
 
 from studio.errors import RequestError
+from studio.file_quota import keep_within, mark_used
 from studio.images import read_image
 from studio.models.component_space import Space
+from studio.models.decomposition import Parts
 from studio.models.loading import home
-from studio.file_quota import keep_within, mark_used
 from studio.store import write_tensors
 from studio.types import Report
 
 KEEP_EVERY = 20.0  # seconds between two writes
 MOST_NUMBERS = 2**28  # float64 of one corpus: 2 GiB
 MOST_BYTES = 4 * 2**30  # of all that is kept in $LOCUS_HOME/corpora
-_TOTAL = "total"  # where the representation's own sums are kept
+TOTAL = "total"  # where the representation's own sums are kept
 _FORM = 1  # of the file
 
 
@@ -75,7 +76,7 @@ def statistics(
     stopped, and the corpora that were not used for longest make room. Files that can't be read are left out
     with a warning; RequestError when fewer than two can."""
     place = corpus_file(space, files, aligner)
-    sums = _Sums.read(place) or _Sums()
+    sums = Sums.read(place) or Sums()
     report.plan(len(files), "reading images")
     if sums.done:
         mark_used(place)
@@ -92,15 +93,14 @@ def statistics(
     return sums.statistics()
 
 
-def _stream(space: Space, files: Sequence[Path], report: Report, sums: _Sums, place: Path) -> None:
+def _stream(space: Space, files: Sequence[Path], report: Report, sums: Sums, place: Path) -> None:
     kept = time.monotonic()
     try:
         while sums.done < len(files):
             batch = files[sums.done : sums.done + report.rows]
             images = list(_readable(batch))
             if images:
-                parts = space.whole.run(space.model.pixels(images))
-                sums.add({**space.inputs(parts), _TOTAL: space.total(parts)})
+                sums.add(space, space.whole.run(space.model.pixels(images)))
             sums.done, sums.skipped = sums.done + len(batch), sums.skipped + len(batch) - len(images)
             if time.monotonic() - kept > KEEP_EVERY:
                 sums.write(place)
@@ -121,7 +121,7 @@ def _readable(files: Sequence[Path]) -> Iterator[np.ndarray]:
             continue
 
 
-class _Sums:
+class Sums:
     """Running sums of everything: by label the shift, the sum, the sum of squares and that of products with
     the total, all of shifted values."""
 
@@ -129,22 +129,23 @@ class _Sums:
         self.done = self.skipped = self.count = 0
         self.tensors: dict[str, torch.Tensor] = {}
 
-    def add(self, found: Mapping[str, torch.Tensor]) -> None:
-        """One batch: (N, r) by label, the representation under `_TOTAL`."""
+    def add(self, space: Space, parts: Parts) -> None:
+        """One batch, taken apart."""
+        found = {**space.inputs(parts), TOTAL: space.total(parts)}  # (N, r) by label
         values = {label: x.detach().double().cpu() for label, x in found.items()}
         if not self.count:
             self._start(values)
-        total = values[_TOTAL] - self.tensors[f"shift/{_TOTAL}"]
+        total = values[TOTAL] - self.tensors[f"shift/{TOTAL}"]
         for label, x in values.items():
             x = x - self.tensors[f"shift/{label}"]
             self.tensors[f"sum/{label}"] += x.sum(0)
             self.tensors[f"square/{label}"].addmm_(x.T, x)
-            if label != _TOTAL:
+            if label != TOTAL:
                 self.tensors[f"cross/{label}"].addmm_(x.T, total)
         self.count += len(total)
 
     def _start(self, values: Mapping[str, torch.Tensor]) -> None:
-        width = values[_TOTAL].shape[1]
+        width = values[TOTAL].shape[1]
         need = sum(x.shape[1] * (x.shape[1] + width) for x in values.values())
         if need > MOST_NUMBERS:
             raise RequestError(
@@ -156,7 +157,7 @@ class _Sums:
             self.tensors[f"shift/{label}"] = x.mean(0)
             self.tensors[f"sum/{label}"] = x.new_zeros(size)
             self.tensors[f"square/{label}"] = x.new_zeros(size, size)
-            if label != _TOTAL:
+            if label != TOTAL:
                 self.tensors[f"cross/{label}"] = x.new_zeros(size, width)
 
     def statistics(self) -> Statistics:
@@ -166,15 +167,15 @@ class _Sums:
         off = {label: self.tensors[f"sum/{label}"] / n for label in labels}  # mean minus shift
         means = {label: off[label] + self.tensors[f"shift/{label}"] for label in labels}
         spreads = {x: self.tensors[f"square/{x}"] / n - torch.outer(off[x], off[x]) for x in labels}
-        own = [label for label in labels if label != _TOTAL]
-        crosses = {x: self.tensors[f"cross/{x}"] / n - torch.outer(off[x], off[_TOTAL]) for x in own}
+        own = [label for label in labels if label != TOTAL]
+        crosses = {x: self.tensors[f"cross/{x}"] / n - torch.outer(off[x], off[TOTAL]) for x in own}
         return Statistics(
             n,
             {x: means[x].numpy() for x in own},
             {x: spreads[x].numpy() for x in own},
             {x: crosses[x].numpy() for x in own},
-            means[_TOTAL].numpy(),
-            spreads[_TOTAL].numpy(),
+            means[TOTAL].numpy(),
+            spreads[TOTAL].numpy(),
             self.skipped,
         )
 
@@ -185,7 +186,7 @@ class _Sums:
         write_tensors({k: v.numpy() for k, v in self.tensors.items()}, note, place)
 
     @classmethod
-    def read(cls, place: Path) -> _Sums | None:
+    def read(cls, place: Path) -> Sums | None:
         """The sums that were kept; None when there are none, or the file is damaged."""
         from safetensors import SafetensorError, safe_open
 
