@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from studio.errors import RequestError
-from studio.palette import EMPTY, NEGATIVE, NEUTRAL, POSITIVE, SERIES, SHADES, scale_limit, scale_of
+from studio.palette import EMPTY, NEGATIVE, NEUTRAL, POSITIVE, SERIES, SHADES, scale_limit, scale_of, shade
 from studio.types import Figure, Trace
 
 FORMATS = ("svg", "png", "pdf")
@@ -123,7 +123,7 @@ def _heat(figure: Figure) -> Any:
     low, high = scale_of(data)
     limit = max(abs(low), abs(high))
     look = dict(cmap=_palette(), vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest")
-    image = axes.imshow(np.ma.masked_invalid(np.clip(values, low, high)), **look)
+    axes.imshow(np.ma.masked_invalid(np.clip(values, low, high)), **look)
     axes.set_xticks(range(wide), cols, rotation=60, ha="right", fontsize=7)
     axes.set_yticks(range(tall), rows, fontsize=8)
     axes.set_xlabel(_short(data.get("col_title", ""), 80))
@@ -131,7 +131,7 @@ def _heat(figure: Figure) -> Any:
     if wide * tall <= 400:
         for r, c in itertools.product(range(tall), range(wide)):
             if math.isfinite(values[r, c]):
-                ink = "white" if abs(values[r, c]) > 0.62 * limit else "black"
+                ink = "white" if abs(np.clip(values[r, c], low, high)) > 0.62 * limit else "black"
                 axes.text(
                     c,
                     r,
@@ -141,11 +141,20 @@ def _heat(figure: Figure) -> Any:
                     fontsize=5.5,
                     color=ink,
                 )
-    beyond = (bool((values < low).any()), bool((values > high).any()))
-    ends = {(True, True): "both", (True, False): "min", (False, True): "max"}.get(beyond, "neither")
-    bar = canvas.colorbar(image, ax=axes, label=_short(data.get("unit", ""), 80), fraction=0.04, extend=ends)
-    bar.ax.set_ylim(low, high)
+    _colour_bar(canvas, axes, values, (low, high)).set_label(_short(data.get("unit", ""), 80))
     return canvas
+
+
+def _colour_bar(canvas: Any, axes: Any, values: np.ndarray, scale: tuple[float, float]) -> Any:
+    """The scale from low to high, with an arrow where values lie beyond an end."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import ListedColormap, Normalize
+
+    part = ListedColormap([shade(float(v), scale) for v in np.linspace(*scale, len(SHADES))])
+    below, above = bool((values < scale[0]).any()), bool((values > scale[1]).any())
+    ends = ("both" if above else "min") if below else "max" if above else "neither"
+    shown = ScalarMappable(Normalize(*scale), part)
+    return canvas.colorbar(shown, ax=axes, fraction=0.04, extend=ends)
 
 
 def _strip(figure: Figure) -> Any:
