@@ -1,4 +1,4 @@
-"""The studio's own commands: serve, models, doctor, replay. Each opens with its name and line of help."""
+"""The studio's own commands; those of finished runs are in run_commands.py. Each opens with its help."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 from studio.errors import RequestError
 from studio.options import COMMON, DEFAULT_MODELS, new_session, parse_options
+from studio.run_commands import export, import_run, replay
 
 
 def serve(argv: list[str]) -> int:
@@ -96,29 +97,6 @@ def doctor(argv: list[str]) -> int:
 
 def _warn(sentence: str) -> None:
     print(f"locus: warning: {sentence}", file=sys.stderr)
-
-
-_REPLAY = "Runs a run folder's recipe again, on the threads and the batch of the run, and compares."
-
-
-def replay(argv: list[str]) -> int:
-    """replay: runs a run folder's recipe again and says whether arrays and images agree"""
-    if not argv or argv[0].startswith("-") and argv[0] not in ("-h", "--help"):
-        raise RequestError("Which run? `locus replay RUN`, a run folder or the id of a run in the store.")
-    options = {k: (str, *COMMON[k], "") for k in ("runs", "models", "device", "out")} | {
-        "json": (bool, "", "print JSON", "")
-    }
-    if argv[0] in ("-h", "--help"):
-        parse_options("replay RUN", _REPLAY, options, argv)
-    given = parse_options("replay", _REPLAY, options, argv[1:])
-    from studio.replay import compare, repeat
-
-    old, new = repeat(
-        argv[0], given, progress_bar(), lambda s: print(f"locus: warning: {s}", file=sys.stderr)
-    )
-    report = compare(old, new)
-    print(json.dumps(report, indent=1) if given["json"] else "\n".join(report["said"]))
-    return 0 if report["agrees"] else 1
 
 
 def export_edit(argv: list[str]) -> int:
@@ -302,6 +280,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "models": models,
     "doctor": doctor,
     "replay": replay,
+    "export": export,
+    "import": import_run,
     "export-edit": export_edit,
     "bench": bench,
     "sweep": sweep,

@@ -14,7 +14,7 @@ import stat
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -105,6 +105,21 @@ def write_file(path: Path, content: bytes) -> None:
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def export_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder beside `folder`, which is renamed to it when all is written and is gone otherwise;
+    StudioError when that fails."""
+    beside = folder.absolute().parent / f"{HIDDEN}{os.getpid()}-{folder.name[:50]}"
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        beside.rename(folder)
+    except OSError as error:
+        raise StudioError(f"{folder} could not be written: {_reason(error)}.") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_pipeline(pipe: Any, folder: Path) -> None:

@@ -4,8 +4,9 @@ anything does."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,27 +15,58 @@ from studio.edit_files import edit_hash, split_entry
 from studio.errors import RequestError
 from studio.models.loading import locate
 from studio.provenance import versions
+from studio.recipes import difference, digest
+from studio.restore import located
 from studio.session import Session
 from studio.store import Store, check_free, read_run
-from studio.types import Run
+from studio.types import Result, Run
 
 TOLERANCE = 1e-4
+_HOST = ("device", "dtype", "threads", "batch")
+
+
+def find_old(where: str, runs: str | None = None) -> tuple[Run, Mapping[str, str]]:
+    """The run to repeat: the id of one in the store, a run folder, its zip, or any other file that Locus
+    exported of it; and {array: SHA-256}, empty where the numbers themselves are at hand.
+
+    A figure's run is looked up in the store; where that lacks it, the file's own SHA-256 are what is compared
+    with. RequestError when there is nothing to compare with.
+    """
+    found = located(where, Store(runs or _default_runs()))
+    if isinstance(found, Path):
+        return _whole(read_run(found)), {}
+    note = found.note
+    if not note.arrays:
+        raise RequestError(
+            f"{Path(where).name[:80]} holds a recipe but no numbers to compare with, and the store does not "
+            "have its run; take the run's zip, or run the recipe itself."
+        )
+    model = {"fingerprint": note.fingerprint} if note.fingerprint else {}
+    run = Run(
+        note.recipe, note.status or "done", "", 0.0, note.host, Result(), None, note.key, model, note.run
+    )
+    return _whole(run), note.arrays
+
+
+def _whole(run: Run) -> Run:
+    if run.status != "done":
+        raise RequestError(f"The run {run.id} was {run.status}, so there is nothing whole to compare with.")
+    return run
 
 
 def repeat(
-    where: str,
+    old: str | Run,
     given: dict[str, Any],
     report: Callable | None = None,
     warn: Callable[[str], None] = lambda sentence: None,
 ) -> tuple[Run, Run]:
-    """(the run that stands there, the run made now from its recipe); never answered from the store.
+    """(the old run, the run made now from its recipe); never answered from the store. `old`: a run, or where
+    it is (see find_old).
 
     `warn` is told at once what has changed since, before anything is computed.
     """
-    folder = Path(where).expanduser()
-    old = read_run(folder) if folder.is_dir() else Store(given.get("runs") or _default_runs()).load(where)
-    if old.status != "done":
-        raise RequestError(f"The run {old.id} was {old.status}, so there is nothing whole to compare with.")
+    if isinstance(old, str):
+        old = find_old(old, given.get("runs"))[0]
     out = Path(given["out"]).expanduser() if "out" in given else None
     if out is not None:
         check_free(out)
@@ -60,9 +92,9 @@ def changed(old: Run, session: Session) -> list[str]:
     said = []
     if locate(old.recipe.model, session.models_folder).fingerprint != old.model.get("fingerprint"):
         said.append(f"The weights of {old.recipe.model} are not those of the run, so it can't be repeated.")
-    for entry, digest in zip(old.recipe.edits, old.host.get("edits", ()), strict=False):
+    for entry, then in zip(old.recipe.edits, old.host.get("edits", ()), strict=False):
         path = split_entry(entry)[0]
-        if Path(path).is_file() and edit_hash(path) != digest:
+        if Path(path).is_file() and edit_hash(path) != then:
             said.append(f"The edit file {path} has changed since the run.")
     return said
 
@@ -73,36 +105,31 @@ def _default_runs() -> Path:
     return home() / "runs"
 
 
-def compare(old: Run, new: Run) -> dict[str, Any]:
-    """{agrees, identical, largest difference by array, images that differ, said: sentences}."""
-    said, arrays, images = [], {}, []
-    for name, trace in old.result.arrays.items():
-        other = new.result.arrays.get(name)
-        if other is None or other.values.shape != trace.values.shape:
-            arrays[name] = float("inf")
-        else:
-            same = np.array_equal(trace.values, other.values, equal_nan=trace.values.dtype.kind == "f")
-            arrays[name] = 0.0 if same else _largest(trace.values, other.values)
-    for name, pixels in old.result.images.items():
-        if name not in new.result.images or not np.array_equal(pixels, new.result.images[name]):
-            images.append(name)
+def compare(old: Run, new: Run, digests: Mapping[str, str] = MappingProxyType({})) -> dict[str, Any]:
+    """{agrees, identical, largest difference by array (None: it can't be told), images that differ, said:
+    sentences}. `digests`: SHA-256 of the old run's arrays, where its numbers are not at hand."""
+    arrays = _by_digest(digests, new) if digests else _by_number(old, new)
+    images = [
+        name
+        for name, pixels in old.result.images.items()
+        if name not in new.result.images or not np.array_equal(pixels, new.result.images[name])
+    ]
     identical = not images and all(v == 0 for v in arrays.values())
-    same_host = all(old.host.get(k) == new.host.get(k) for k in ("device", "threads", "batch", "dtype"))
-    agrees = identical or (not same_host and all(v <= TOLERANCE for v in arrays.values() if v is not None))
-    said.append(
-        "Every array and image is the same, bit for bit."
-        if identical
-        else f"{sum(v != 0 for v in arrays.values())} of {len(arrays)} arrays and {len(images)} of "
-        f"{len(old.result.images)} images differ."
-    )
+    same_host = all(old.host.get(k) == new.host.get(k) for k in _HOST)
+    agrees = identical or (not same_host and all(v <= TOLERANCE for v in arrays.values()))
+    what = "array" if digests else "array and image"
+    counted = f"{sum(v != 0 for v in arrays.values())} of {len(arrays)} arrays"
+    counted += "" if digests else f" and {len(images)} of {len(old.result.images)} images"
+    said = [f"Every {what} is the same, bit for bit." if identical else f"{counted} differ."]
+    unknown = "not the same; the file does not say by how much" if digests else ""
+    unknown = unknown or "another shape, or gaps elsewhere"
     said += [
-        f"  {name}: "
-        + (f"largest difference {v:.3g}" if np.isfinite(v) else "another shape, or gaps elsewhere")
+        f"  {name}: " + (f"largest difference {v:.3g}" if np.isfinite(v) else unknown)
         for name, v in arrays.items()
         if v
     ]
     if not identical:
-        said += _differences(old, new)
+        said += _differences(old, new) or ["  Machine, versions and weights are those of then."]
     return {
         "agrees": bool(agrees),
         "identical": bool(identical),
@@ -112,13 +139,19 @@ def compare(old: Run, new: Run) -> dict[str, Any]:
     }
 
 
-def _largest(a: np.ndarray, b: np.ndarray) -> float:
-    difference = np.abs(a.astype(np.float64) - b.astype(np.float64))
-    return (
-        float("inf")
-        if (np.isnan(a.astype(float)) != np.isnan(b.astype(float))).any()
-        else float(np.nanmax(difference))
-    )
+def _by_number(old: Run, new: Run) -> dict[str, float]:
+    """{array: largest difference}."""
+    there = new.result.arrays
+    return {
+        name: difference(trace.values, there[name].values) if name in there else float("inf")
+        for name, trace in old.result.arrays.items()
+    }
+
+
+def _by_digest(digests: Mapping[str, str], new: Run) -> dict[str, float]:
+    """{array: 0 or infinity}."""
+    now = {name: digest(trace.values) for name, trace in new.result.arrays.items()}
+    return {name: 0.0 if now.get(name) == then else float("inf") for name, then in digests.items()}
 
 
 def _differences(old: Run, new: Run) -> list[str]:
@@ -130,7 +163,7 @@ def _differences(old: Run, new: Run) -> list[str]:
         out.append("  The scorer's weights are not the same as then.")
     if old.host.get("edits") != new.host.get("edits"):
         out.append("  The edit files are not the same as then.")
-    for key in ("device", "dtype", "threads", "batch"):
+    for key in (*_HOST, "machine"):
         if old.host.get(key) != new.host.get(key):
             out.append(f"  {key}: {old.host.get(key)} then, {new.host.get(key)} now.")
     for name, v in versions().items():

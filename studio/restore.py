@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.errors import RequestError
+from studio.exports import new_folder
 from studio.recipes import Note, carried, read_note
 from studio.registry import find_method, parse
 from studio.store import Store
@@ -65,6 +66,26 @@ def restored(path: str | Path, store: Store) -> Restored:
         return Restored(note.recipe, found, f"The run is in the store, as {found}.", note)
     said = f"The run is not in this store; the recipe was read from {name}, run it to see its results again."
     return Restored(note.recipe, None, said, note)
+
+
+def located(where: str, store: Store) -> Path | Restored:
+    """The folder of a run that is named by its id in the store, by a run folder, by its zip or by any other
+    exported file; what the file says, where the store has not its run. A zip is unpacked into a temporary
+    folder: to look at it is not to keep it."""
+    path = Path(where).expanduser()
+    try:
+        folder, file = path.is_dir(), path.is_file()
+    except OSError:  # a name that is too long
+        folder = file = False
+    if folder:
+        return path
+    if not file:
+        return store.path(where)
+    with path.open("rb") as opened:
+        zipped = opened.read(2) == b"PK"
+    store = Store(new_folder() / "runs") if zipped else store
+    found = restored(path, store)
+    return store.path(found.run_id) if found.run_id else found
 
 
 def _shown(path: Path) -> str:

@@ -8,6 +8,7 @@ and arrays are read without pickle. Figures are drawn from the numbers, so what 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import re
@@ -33,6 +34,7 @@ MOST_BYTES = 8 * 2**30  # unpacked
 MOST_RATIO = 2_000  # of unpacked to packed bytes, above 64 MiB
 _KEPT = ("run.json", "arrays.npz", EDIT_FILE, MADE_FILE)
 _DRAWN = tuple(f"figure.{kind}" for kind in FORMATS)
+_EDIT = re.compile(r"edits/([0-9a-f]{64})\.safetensors")
 _IMAGE = re.compile(r"images/[^/\\:\x00-\x1f]{1,200}\.png")
 _LITTER = re.compile(r"__MACOSX/.*|(.*/)?(\.DS_Store|Thumbs\.db|desktop\.ini)")
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
@@ -82,7 +84,8 @@ def _check_entry(entry: zipfile.ZipInfo, name: str, seen: set[str]) -> None:
         raise _foreign(f"{shown} in it is a link or no plain file")
     if entry.flag_bits & 1:
         raise _foreign(f"{shown} in it is encrypted")
-    if name not in (*_KEPT, *_DRAWN) and not _IMAGE.fullmatch(name) or ".." in name.split("/"):
+    known = name in (*_KEPT, *_DRAWN) or _IMAGE.fullmatch(name) or _EDIT.fullmatch(name)
+    if not known:
         raise _foreign(f"{shown} in it is no file of a run")
     if name in seen:
         raise _foreign(f"{shown} is in it twice")
@@ -99,10 +102,12 @@ def _taken(opened: zipfile.ZipFile, files: Mapping[str, zipfile.ZipInfo], store:
     beside = store.root / f"{HIDDEN}{os.getpid()}-{secrets.token_hex(4)}-import"
     try:
         store.root.mkdir(parents=True, exist_ok=True)
-        (beside / "images").mkdir(parents=True)
+        for part in ("images", "edits"):
+            (beside / part).mkdir(parents=True)
         for name, entry in files.items():
             with opened.open(entry) as source, (beside / name).open("xb") as target:
                 shutil.copyfileobj(source, target, 1 << 20)
+        _take_edits(beside, store)
         run = _read(beside)
         return _placed(run, beside, store, PurePosixPath(next(iter(files.values())).filename).parts[0])
     except OSError as error:
@@ -138,6 +143,36 @@ def _read(folder: Path) -> Run:
     for name in (EDIT_FILE, MADE_FILE):
         _check_tensors(folder / name)
     return run
+
+
+def _take_edits(folder: Path, store: Store) -> None:
+    """The edits that were laid over the model go into the store; the recipe names them there where this
+    machine has not the files that it named."""
+    kept = {}
+    for file in sorted((folder / "edits").iterdir()):
+        _check_tensors(file)
+        if hashlib.sha256(file.read_bytes()).hexdigest() != file.stem:
+            raise _damaged(f"edits/{file.name[:16]}…")
+        kept[file.stem] = file
+    try:
+        record = json.loads((folder / "run.json").read_text("utf-8")) if kept else {}
+        hashes, recipe = record["host"]["edits"] if kept else (), record.get("recipe")
+        for i, digest in enumerate(hashes):
+            if digest in kept and not os.path.isfile(_file_of(recipe["edits"][i])[0]):
+                where = store.edit_file(store.keep_edit(kept[digest])).absolute()
+                recipe["edits"][i] = f"{where}{_file_of(recipe['edits'][i])[1]}"
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise _damaged("run.json") from error
+    if kept:
+        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+        (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+    shutil.rmtree(folder / "edits")
+
+
+def _file_of(entry: str) -> tuple[str, str]:
+    """(path, "@0.6" or "") of an edit's entry in a recipe."""
+    found = re.fullmatch(r"(.+?)(@-?[0-9.eE+-]+)?", entry, re.DOTALL)
+    return (found[1], found[2] or "") if found else (entry, "")
 
 
 def _damaged(what: str) -> RequestError:
@@ -214,7 +249,9 @@ def _same(folder: Path, run: Run) -> bool:
         there = read_run(folder)
     except RequestError:
         return False
-    if (there.recipe, there.key, there.started) != (run.recipe, run.key, run.started):
+    if (there.key, there.started) != (run.key, run.started):
+        return False
+    if replace(there.recipe, edits=()) != replace(run.recipe, edits=()):
         return False
     mine, other = ({n: digest(t.values) for n, t in r.result.arrays.items()} for r in (run, there))
     return mine == other

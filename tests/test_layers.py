@@ -45,7 +45,7 @@ LEVELS = {
     **dict.fromkeys(("studio.planted_components", "studio.planted_vision", "studio.diffusion_race"), 6),
     "studio.spurious_correlation": 6,
     "panels": 7,
-    **dict.fromkeys(("studio.cli", "studio.commands", "studio.options", "launch"), 8),
+    **dict.fromkeys(("studio.cli", "studio.commands", "studio.run_commands", "studio.options", "launch"), 8),
 }
 WRITING = (
     *(
