@@ -1,4 +1,4 @@
-"""The web server: the page under FastAPI, with the guards that Gradio leaves to its host.
+"""The web server: the page under FastAPI, with the guards that Gradio leaves to its host (panels/guards.py).
 
 Allowed hosts stop DNS rebinding, the origin check stops requests from other sites, the body cap stops disk
 filling.
@@ -11,31 +11,17 @@ import os
 import socket
 import tempfile
 import webbrowser
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from panels.guards import UPLOAD_LIMIT, Guard, Sentences
 from studio import exports
 from studio.errors import RequestError
 from studio.models.catalog import ASSETS
 from studio.session import Session
 from studio.types import Recipe
 from studio.uploads import Uploads
-
-BODY_LIMIT = 32 * 2**20
-UPLOAD_LIMIT = 2 * 2**30  # an edit file of all cross-attention layers of SDXL
-_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' "
-    "'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; worker-src 'self' "
-    "blob:; "
-    "object-src 'none'; base-uri 'self'; frame-ancestors 'self'"
-)
-_HEADERS = {
-    "X-Content-Type-Options": "nosniff",
-    "X-Frame-Options": "SAMEORIGIN",
-    "Referrer-Policy": "no-referrer",
-    "Content-Security-Policy": _POLICY,
-}
 
 
 def check_address(host: str, port: str, auth: str | None) -> tuple[str, int, tuple[str, str] | None]:
@@ -65,56 +51,62 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def new_app(session: Session, host: str = "127.0.0.1", auth: tuple[str, str] | None = None) -> Any:
-    """The FastAPI application with the page mounted at /."""
+def check_mcp(auth: object) -> None:
+    """RequestError when tools for assistants can't be offered: with a login, or without their library."""
+    if auth:
+        raise RequestError(
+            "--mcp has no login, so it can't be used together with --auth; serve it on this machine alone."
+        )
+    try:
+        found = version("mcp")
+    except PackageNotFoundError:
+        found = ""
+    if found.partition(".")[0] not in ("0", "1"):
+        there = f"version {found} of it is installed" if found else "it is not installed"
+        raise RequestError(
+            f"--mcp needs the library mcp below version 2, and {there}: pip install 'locus-studio[mcp]'."
+        )
+
+
+def new_app(
+    session: Session, host: str = "127.0.0.1", auth: tuple[str, str] | None = None, *, mcp: bool = False
+) -> Any:
+    """The FastAPI application with the page mounted at /; `mcp`: also tools for assistants."""
     os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="locus-"))
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse
     from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.middleware("http")(_guard)
 
     @app.get("/healthz")
-    def healthz() -> Any:
+    async def healthz() -> Any:
         running = session.queue.running
         method = running.recipe.method if running else None
         return JSONResponse({"status": "ok", "device": session.device, "running": method})
 
+    inside = _mount_page(app, session, auth, mcp)
+    inside.add_middleware(Sentences)
+    app.add_middleware(Guard, inside=inside if auth else None)
     allowed = ["127.0.0.1", "localhost", "[::1]", "testserver"] if _is_loopback(host) else ["*"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed)
-    return _with_page(app, session, auth)
+    return app
 
 
-async def _guard(request: Any, call_next: Any) -> Any:
-    """Refuses what is too large or comes from another site; sets the headers of every other answer."""
-    from fastapi.responses import PlainTextResponse
-
-    headers = request.headers
-    length = headers.get("content-length", "" if "transfer-encoding" in headers else "0")
-    most = UPLOAD_LIMIT if request.url.path.endswith("/upload") else BODY_LIMIT
-    if request.method in ("POST", "PUT", "PATCH") and (not length.isdecimal() or int(length) > most):
-        return PlainTextResponse("The request is larger than this studio takes.", 413)
-    origin, reads = request.headers.get("origin"), request.method in ("GET", "HEAD", "OPTIONS")
-    if origin and not reads and origin.split("//")[-1] != request.headers.get("host"):
-        return PlainTextResponse("Requests from other sites are refused.", 403)
-    response = await call_next(request)
-    response.headers.update(_HEADERS)
-    return response
-
-
-def _with_page(app: Any, session: Session, auth: tuple[str, str] | None) -> Any:
+def _mount_page(app: Any, session: Session, auth: tuple[str, str] | None, mcp: bool) -> Any:
+    """Gradio's application, mounted."""
     import gradio as gr
 
     import panels
+    from panels import api_mcp
 
     page = panels.build(session)
     css = (ASSETS / "css" / "locus.css").read_text()
-    shortcuts = (ASSETS / "js" / "shortcuts.js").read_text()
+    scripts = "\n".join((ASSETS / "js" / f"{n}.js").read_text() for n in ("theme", "shortcuts", "tour"))
     theme = gr.themes.Soft(
         primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     )
-    return gr.mount_gradio_app(
+    gr.mount_gradio_app(
         app,
         page,
         path="/",
@@ -125,12 +117,16 @@ def _with_page(app: Any, session: Session, auth: tuple[str, str] | None) -> Any:
         enable_monitoring=False,
         theme=theme,
         css=css,
-        head=f"<script>{shortcuts}</script>",
+        head=f"<script>{scripts}</script>",
         show_error=True,
-        footer_links=[],
+        footer_links=["api"],
         favicon_path=str(ASSETS / "logo.svg"),
         allowed_paths=[],
+        mcp_server=mcp,
     )
+    if mcp:
+        api_mcp.prepare(page.mcp_server_obj, page.mcp_error)
+    return app.routes[-1].app
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -165,7 +161,13 @@ def warm_up(session: Session) -> None:
 
 
 def serve_forever(
-    session: Session, host: str, port: int, auth: tuple[str, str] | None, *, inbrowser: bool = False
+    session: Session,
+    host: str,
+    port: int,
+    auth: tuple[str, str] | None,
+    *,
+    inbrowser: bool = False,
+    mcp: bool = False,
 ) -> int:
     """Serves until interrupted; prints the address when it is ready."""
     import uvicorn
@@ -175,11 +177,13 @@ def serve_forever(
     exports.sweep()
     Uploads(session.store).sweep()
     warm_up(session)
-    app = new_app(session, host, auth)
+    app = new_app(session, host, auth, mcp=mcp)
     url = f"http://{'[' + host + ']' if ':' in host else host}:{opened.getsockname()[1]}"
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
 
     print(f"Locus is at {url}  (Ctrl+C ends it; runs are kept in {Path(session.store.root)})", flush=True)
+    if mcp:
+        print(f"Tools for assistants (MCP) are at {url}/gradio_api/mcp/", flush=True)
     if inbrowser:
         webbrowser.open(url)
     try:

@@ -22,14 +22,17 @@ def serve(argv: list[str]) -> int:
         "port": (str, "INT", "port; 0 takes a free one", "7860"),
         "auth": (str, "USER:PASS", "ask for this login", ""),
         "inbrowser": (bool, "", "open the browser", ""),
+        "mcp": (bool, "", "also serve every method as a tool for assistants (needs the extra mcp)", ""),
     }
     options |= {k: (str, *COMMON[k], "") for k in ("device", "dtype", "threads", "batch", "models", "runs")}
     given = parse_options("serve", "The studio in the browser.", options, argv)
-    from panels.server import check_address, serve_forever
+    from panels.server import check_address, check_mcp, serve_forever
 
     address = check_address(given.get("host", "127.0.0.1"), given.get("port", "7860"), given.get("auth"))
+    if given["mcp"]:
+        check_mcp(given.get("auth"))
     with contextlib.closing(new_session(given)) as session:
-        return serve_forever(session, *address, inbrowser=given["inbrowser"])
+        return serve_forever(session, *address, inbrowser=given["inbrowser"], mcp=given["mcp"])
 
 
 def models(argv: list[str]) -> int:
@@ -51,7 +54,7 @@ def models(argv: list[str]) -> int:
 def catalogue_rows() -> list[dict[str, Any]]:
     """The catalogue with sizes and whether each model is on this machine."""
     from studio.models.catalog import CATALOG
-    from studio.models.loading import offline_state
+    from studio.models.hub import offline_state
 
     rows = []
     for e in CATALOG.values():

@@ -1,0 +1,182 @@
+"""What the web server lets through: no route that the studio does not use, no body that is too large, nothing
+from another site, nothing without the login where there is one, and few wrong logins."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections import OrderedDict
+from typing import Any
+
+from gradio.route_utils import FnIndexInferError
+from starlette.datastructures import MutableHeaders
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+BODY_LIMIT = 32 * 2**20
+UPLOAD_LIMIT = 2 * 2**30  # an edit file of all cross-attention layers of SDXL
+_CLOSED = re.compile(
+    r"/(gradio_api/)?(undo-)?(vibe-|run-history|runs\b|process_recording|monitoring|profiling|dev/|deep_link"
+    r"|proxy=|custom_component|file[=/]+\s*[a-z]+:)",
+    re.IGNORECASE,
+)
+_OPEN = frozenset(
+    "/ /login /login/ /logout /healthz /favicon.ico /manifest.json /robots.txt /theme.css "
+    "/gradio_api/theme.css /gradio_api/login_check /gradio_api/user".split()
+)  # what a person without the login may ask for
+_OPEN_FOLDERS = ("/static/", "/assets/", "/svelte/")
+_POLICY = (
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' "
+    "'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
+    "worker-src 'self' blob:; object-src 'none'; base-uri 'self'; frame-ancestors 'self'"
+)
+HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "SAMEORIGIN",
+    "Referrer-Policy": "no-referrer",
+    "Content-Security-Policy": _POLICY,
+}
+_log = logging.getLogger("locus")
+_WRONG = (LookupError, TypeError, ValueError, RecursionError, AttributeError, FnIndexInferError)
+
+
+class Tries:
+    """Logins by address: the first FREE are answered at once, each further one waits twice as long as the one
+    before, and one that would wait longer than PATIENCE is refused. A right one starts anew."""
+
+    FREE, PATIENCE, LONGEST, KNOWN = 3, 5.0, 120.0, 4096
+
+    def __init__(self) -> None:
+        self._by_address: OrderedDict[str, tuple[int, float]] = OrderedDict()
+
+    def wait(self, address: str, now: float) -> float:
+        """Seconds until this try may be answered; it is counted, also when many come at once."""
+        count, free_at = self._by_address.pop(address, (0, now))
+        delay = min(2.0 ** (count - self.FREE), self.LONGEST) if count >= self.FREE else 0.0
+        at = max(now, free_at) + delay
+        if at - now <= self.PATIENCE:
+            count, free_at = count + 1, at
+        self._by_address[address] = (count, free_at)
+        while len(self._by_address) > self.KNOWN:
+            self._by_address.popitem(last=False)
+        return at - now
+
+    def right(self, address: str) -> None:
+        """The login was right."""
+        self._by_address.pop(address, None)
+
+
+class Guard:
+    """An ASGI middleware around everything. `inside`: Gradio's application, which knows who is logged in;
+    None without a login."""
+
+    def __init__(self, app: Any, inside: Any = None) -> None:
+        self._app, self._inside, self._tries = app, inside, Tries()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers in a sentence what is refused, and sets the headers of every answer."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request, status = Request(scope), 0
+
+        async def with_headers(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message).update(HEADERS)
+            await send(message)
+
+        refusal = self._refused(request)
+        trying = self._inside is not None and request.method == "POST" and _is_login(request)
+        if refusal is None and trying:
+            refusal = await self._slowed(request)
+        await (refusal or self._app)(scope, receive, with_headers)
+        if trying and status == 200:
+            self._tries.right(_address(request))
+
+    def _refused(self, request: Request) -> Any:
+        headers, path = request.headers, request.scope["path"]
+        if _CLOSED.match(path):
+            return _said("There is no such page here.", 404)
+        length = headers.get("content-length", "" if "transfer-encoding" in headers else "0")
+        most = UPLOAD_LIMIT if path == "/gradio_api/upload" else BODY_LIMIT
+        if request.method in ("POST", "PUT", "PATCH") and (not length.isdecimal() or int(length) > most):
+            return _said("The request is larger than this studio takes.", 413)
+        origin, reads = headers.get("origin"), request.method in ("GET", "HEAD", "OPTIONS")
+        if origin and not reads and origin.split("//")[-1] != headers.get("host"):
+            return _said("Requests from other sites are refused.", 403)
+        if self._inside is not None and not self._may(request, path):
+            return _said("Log in first.", 401)
+        return None
+
+    def _may(self, request: Request, path: str) -> bool:
+        if path in _OPEN or path.startswith(_OPEN_FOLDERS):
+            return True
+        names = (f"access-token-{kind}{self._inside.cookie_id}" for kind in ("", "unsecure-"))
+        return any(request.cookies.get(name) in self._inside.tokens for name in names)
+
+    async def _slowed(self, request: Request) -> Any:
+        """Waits as long as this login has to; its refusal when that is too long."""
+        wait = self._tries.wait(_address(request), time.monotonic())
+        if wait > self._tries.PATIENCE:
+            _log.warning("many wrong logins from %s", _address(request))
+            refusal = _said(f"Too many wrong logins; try again in {wait:.0f} seconds.", 429)
+            refusal.headers["Retry-After"] = f"{wait:.0f}"
+            return refusal
+        await asyncio.sleep(wait)
+        return None
+
+
+class Sentences:
+    """An ASGI middleware inside Gradio's application: what a request breaks there is one sentence, not a page
+    of code."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Passes on; an error before the answer begins becomes status 400 or 500."""
+        begun = False
+
+        async def noted(message: Any) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            if begun or scope["type"] != "http":
+                raise
+            await self._told(error, scope)(scope, receive, send)
+
+    def _told(self, error: Exception, scope: Any) -> Any:
+        if isinstance(error, _WRONG):
+            _log.info("a request could not be read: %s", " ".join(str(error).split())[:300])
+            missing = isinstance(error, (LookupError, FnIndexInferError))
+            what = "There is no endpoint of that name" if missing else _first(error)
+            return _said(f"{what}; GET /gradio_api/info lists endpoints and parameters.", 400)
+        _log.exception("a request failed", exc_info=error)
+        return _said("Something went wrong inside; the studio's log has the details.", 500)
+
+
+def _first(error: Exception) -> str:
+    """The first sentence of what Gradio says of wrong arguments; nothing else is repeated."""
+    said = str(error).split(". ")[0].strip().rstrip(".")
+    known = said.startswith(("No value provided for required", "Parameter `", "Too many arguments"))
+    return said[:200] if known else "The request can't be read"
+
+
+def _is_login(request: Request) -> bool:
+    return request.scope["path"].rstrip("/") == "/login"
+
+
+def _address(request: Request) -> str:
+    return request.client.host if request.client else ""
+
+
+def _said(sentence: str, status: int) -> JSONResponse:
+    return JSONResponse({"detail": sentence, "error": sentence}, status)
