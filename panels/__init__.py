@@ -8,7 +8,8 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by gradio at import: no
 
 import gradio as gr
 
-from panels import decompose, edit, localize, retrieval, trace
+from panels import api, decompose, edit, localize, retrieval, trace
+from panels.gate import Page
 from studio.session import Session
 
 PANELS = (trace, localize, edit, decompose, retrieval)
@@ -16,7 +17,7 @@ PANELS = (trace, localize, edit, decompose, retrieval)
 
 def build(session: Session) -> gr.Blocks:
     """The whole page."""
-    with gr.Blocks(title="Locus", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
+    with Page(title="Locus", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
         gr.HTML(
             "<header class='brand'><b>Locus</b> <span>where a model keeps what it knows</span></header>",
             padding=False,
@@ -25,5 +26,6 @@ def build(session: Session) -> gr.Blocks:
             for panel in PANELS:
                 with gr.Tab(panel.TITLE, id=panel.TITLE.lower(), elem_id=f"tab-{panel.TITLE.lower()}"):
                     panel.build(session)
+        api.build(session)
     page.queue(api_open=False, default_concurrency_limit=None, max_size=256)
     return page
