@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from studio.atlas.plants import draws
+from studio.methods.component_placebo import Placebo
 from studio.methods.component_roles import roles
 from studio.models.corpus import Statistics
 from studio.models.decomposition import Decomposition, head_labels
@@ -133,11 +134,14 @@ class Grown:
                     now = x.mean(0).norm() if constant else x.var(0, unbiased=False).sum().sqrt()
                     blocks[:, h] *= (self.size / now).clamp(1 / STEP, STEP)
 
+    def components(self) -> dict[str, np.ndarray]:
+        """All components (IMAGES, dim) in the model's own space."""
+        return {k: v.double().numpy() for k, v in self.whole.run(self.pixels).components.items()}
+
     def statistics(self) -> Statistics:
-        """Covariances of all components over the images, in the model's own space."""
-        parts = self.whole.run(self.pixels)
-        x = {k: v.double().numpy() for k, v in parts.components.items()}
-        z = parts.representation.double().numpy()
+        """Covariances of all components over the images."""
+        x = self.components()
+        z = sum(x.values())
         means = {k: v.mean(0) for k, v in x.items()}
         off = {k: v - means[k] for k, v in x.items()}
         whole = z - z.mean(0)
@@ -158,10 +162,13 @@ class _Vectors:
 
 
 def _lively(net: nn.Module, draw: Any) -> nn.Module:
-    """Every matrix and token drawn anew, matrices as large as in trained models, so that heads see images."""
+    """Every matrix and token drawn anew, matrices as large as in trained models, so that heads see images;
+    biases small but not zero."""
     with torch.no_grad():
         for module in net.modules():
             matrix = isinstance(module, (nn.Linear, nn.Conv2d))
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.copy_(torch.from_numpy(draw.normal(size=len(module.bias))) * 0.02)
             for p in module.parameters(recurse=False):
                 if p.ndim >= 2:
                     size = p[0].numel() ** -0.5 if matrix else 0.02
@@ -170,17 +177,22 @@ def _lively(net: nn.Module, draw: Any) -> nn.Module:
 
 
 def rankings(grown: Grown) -> dict[str, Answer]:
-    """Components by share (rank-components), by the published correlation and by mean score (decompose)."""
+    """Components by share and net share (rank-components), by the published correlation and by mean score
+    (decompose). Only the net share has a line that random directions reach."""
     found, d = grown.statistics(), grown.direction.double().numpy()
     got = roles(_Vectors(len(d)), found, d[None])
     names = tuple(found.covariances)
     mean = np.array([found.means[n] @ d for n in names])
+    placebo = Placebo({"d": d[None]}, len(d))
+    placebo.add(grown.components())
+    (net,), (line,) = placebo.result()
     sure = {
         "share": bool(got["score"].max() > SURE and got["within"][got["score"].argmax()] > SURE),
+        "net share": bool(net.max() > line),
         "correlation": bool(got["correlation"].max() > SURE),
         "mean score": bool(mean.max() > SURE * np.abs(mean).sum()),
     }
-    values = {"share": got["score"], "correlation": got["correlation"], "mean score": mean}
+    values = {"share": got["score"], "net share": net, "correlation": got["correlation"], "mean score": mean}
     return {k: Answer(ranked(names, v), sure[k]) for k, v in values.items()}
 
 
@@ -194,7 +206,7 @@ def heads_of(family: str) -> tuple[str, ...]:
 
 
 def measure_vision(
-    say: Say, seeds: int = 2, families: tuple[str, ...] = tuple(FAMILIES)
+    say: Say, seeds: int = 4, families: tuple[str, ...] = tuple(FAMILIES)
 ) -> list[dict[str, Any]]:
     """Every head of every family planted `seeds` times, and as many models without a plant: rows of the
     benchmark."""

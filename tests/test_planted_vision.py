@@ -65,6 +65,14 @@ def test_the_share_sets_a_plant_before_constants_and_heads_that_write_elsewhere(
     assert others and all(order.index(head) < order.index(k) for k in others)
 
 
+def test_the_net_share_names_the_plant_and_nothing_where_there_is_none() -> None:
+    """Of each family alike; over many models it is the benchmark that counts."""
+    found = {family: rankings(grown(family)[0])["net share"] for family in FAMILIES if family != "Swin"}
+    assert all(a.ranked[0] == grown(f)[2] for f, a in found.items()) and any(a.found for a in found.values())
+    none = [rankings(grown(f, False)[0])["net share"].found for f in found]
+    assert sum(none) <= 1
+
+
 def test_rows_count_hits_and_alarms() -> None:
     def trial(layers: tuple[str, ...], first: str, found: bool) -> Trial:
         return Trial(layers, {"share": Answer((first, "z"), found)}, ("a",))
@@ -89,5 +97,5 @@ def test_the_benchmark_has_the_experiment() -> None:
     entry = next(e for e in bench.ENTRIES if e.name == "planted-vision")
     assert entry.group == "planted"
     rows = measure_vision(said.append, 1, ("class token",))
-    assert said == ["planted vision, class token: 24 models"] and len(rows) == 12
+    assert said == ["planted vision, class token: 24 models"] and len(rows) == 16
     assert all(0 <= r["value"] <= 1 and "Wilson" in r["how"] for r in rows)

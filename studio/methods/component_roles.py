@@ -10,7 +10,7 @@ score of a feature is the score minus the largest one of the other features. arX
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,13 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Params(SpaceParams):
-    """In whose space."""
+    """In whose space, and whether chance is asked too."""
+
+    placebo: bool = knob(
+        False,
+        "also net shares, in which components that undo each other count together, and the line that random "
+        "directions reach; the images are read once more",
+    )
 
 
 def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:
@@ -128,6 +134,9 @@ def draw(run: Run) -> Figure:
     caption = "share of the representation's covariance within the feature; all components sum to 100%"
     if len(features) > 1:
         caption += "; in order of the share minus the largest share of another feature"
+    if above := run.result.values.get("above"):
+        told = (f"{n} {', '.join(found[:3]) or 'none'}" for n, found in above.items())
+        caption += f"; above what random directions reach: {'; '.join(told)}"
     return Figure("table", {"columns": ["", *features], "rows": rows}, title=title, caption=caption)
 
 
@@ -162,8 +171,39 @@ def rank_components(
             raise RequestError(
                 f"The texts of {name[:40]!r} are the centre of the --bank itself; give a bank of several."
             )
-    found = statistics(space, image_files(inputs.images)[0], report, params.aligner)
-    return _result({name: roles(space, found, basis) for name, basis in bases.items()}, found)
+    files, _ = image_files(inputs.images)
+    found = statistics(space, files, report, params.aligner)
+    result = _result({name: roles(space, found, basis) for name, basis in bases.items()}, found)
+    return _with_placebo(result, space, bases, files, report) if params.placebo else result
+
+
+def _with_placebo(
+    result: Result, space: Any, bases: Mapping[str, np.ndarray], files: list[Path], report: Report
+) -> Result:
+    """The result with `net` (feature, component), `line` (feature) and the names above it."""
+    from studio.methods.component_placebo import Placebo
+    from studio.models.corpus import readable
+
+    placebo = Placebo(bases, space.width)
+    report.plan(len(files), "reading images for the placebo")
+    for start in range(0, len(files), report.rows):
+        batch = files[start : start + report.rows]
+        if images := list(readable(batch)):
+            parts = space.whole.run(space.model.pixels(images))
+            own = parts.components if space.aligner is None else space.aligner.components(parts)
+            placebo.add({label: own[label].double().cpu().numpy() for label in parts.components})
+        report.step(len(batch))
+    net, line = placebo.result()
+    axes = result.arrays["score"].axes
+    arrays = {
+        "net": Trace(net.astype(np.float32), axes, "share of the variance"),
+        "line": Trace(line.astype(np.float32), axes[:1], "share of the variance"),
+    }
+    above = {
+        name: [axes[1].labels[i] for i in np.argsort(-row, kind="stable") if row[i] > least]
+        for name, row, least in zip(bases, net, line, strict=True)
+    }
+    return replace(result, arrays={**result.arrays, **arrays}, values={**result.values, "above": above})
 
 
 def atlas_attributes(clip: Any) -> Mapping[str, Groups]:

@@ -98,7 +98,7 @@ def _stream(space: Space, files: Sequence[Path], report: Report, sums: Sums, pla
     try:
         while sums.done < len(files):
             batch = files[sums.done : sums.done + report.rows]
-            images = list(_readable(batch))
+            images = list(readable(batch))
             if images:
                 sums.add(space, space.whole.run(space.model.pixels(images)))
             sums.done, sums.skipped = sums.done + len(batch), sums.skipped + len(batch) - len(images)
@@ -112,7 +112,7 @@ def _stream(space: Space, files: Sequence[Path], report: Report, sums: Sums, pla
             keep_within(place.parent, MOST_BYTES, place)
 
 
-def _readable(files: Sequence[Path]) -> Iterator[np.ndarray]:
+def readable(files: Sequence[Path]) -> Iterator[np.ndarray]:
     """The images (H, W, 3) uint8 of files that are some."""
     for file in files:
         try:
