@@ -24,7 +24,7 @@ SCHEDULERS = {
 @dataclass(frozen=True)
 class Entry:
     """One known model. `source` is a hub id, or a folder of assets/ for embedded models; `size` is bytes to
-    download."""
+    download; `stored` bytes of one stored number where that is not its family's usual one."""
 
     name: str
     family: str
@@ -34,6 +34,12 @@ class Entry:
     note: str
     embedded: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    stored: int = 0
+
+    @property
+    def width(self) -> int:
+        """Bytes of one stored number: those of language models come in 16 bits unless `stored` says more."""
+        return self.stored or (2 if self.family == "language" and not self.embedded else 4)
 
     @property
     def path(self) -> Path | None:
@@ -262,7 +268,13 @@ _ENTRIES = (
         "3.8B, fused projections",
     ),
     Entry(
-        "gpt2-xl", "language", "openai-community/gpt2-xl", "MIT", int(6.4 * _GB), "1.5B; the model of ROME"
+        "gpt2-xl",
+        "language",
+        "openai-community/gpt2-xl",
+        "MIT",
+        int(6.4 * _GB),
+        "1.5B; the model of ROME",
+        stored=4,
     ),
     Entry(
         "pythia-1.4b", "language", "EleutherAI/pythia-1.4b", "Apache-2.0", int(2.9 * _GB), "1.4B, GPT-NeoX"
