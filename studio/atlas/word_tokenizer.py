@@ -14,6 +14,7 @@ from studio.atlas.sentences import country_parts, words
 
 START, END, PAD = "<s>", "</s>", "<pad>"
 MAX_TOKENS = 512
+LONGEST = 64  # bytes of a word; longer ones fall apart, since WordPiece takes the cube of a word's length
 
 
 def vocabulary() -> dict[str, int]:
@@ -31,7 +32,7 @@ def vocabulary() -> dict[str, int]:
 
 def new_tokenizer() -> Any:
     """A transformers fast tokenizer: a start token before each text, exact offsets, exact decoding."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     vocab = vocabulary()
@@ -39,7 +40,10 @@ def new_tokenizer() -> Any:
         vocab, unk_token=END, continuing_subword_prefix="", max_input_chars_per_word=10**6
     )
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    parts = pre_tokenizers.Split(Regex(f".{{1,{LONGEST}}}"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.ByteLevel(add_prefix_space=False), parts]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     start = processors.TemplateProcessing(
         single=f"{START} $A", pair=f"{START} $A $B", special_tokens=[(START, vocab[START])]
