@@ -25,19 +25,17 @@ class Bars(Drawn):
 
 
 def as_value(figure: Figure, again: bool = False) -> dict[str, Any]:
-    """The value of Bars for a figure of kind bars; NaN travels as None. `again`: see heatmap.as_value."""
-    data = figure.data
+    """The value of Bars for a figure of kind bars; NaN travels as None; of lines with one name the first
+    carries it. `again`: see heatmap.as_value."""
+    data, lines = figure.data, [(n, v) for n, v in figure.data.get("lines", ()) if math.isfinite(v)]
+    named = [n if n not in [before for before, _ in lines[:i]] else "" for i, (n, _) in enumerate(lines)]
     return json.loads(
         json.dumps(
             {
                 "labels": list(data["labels"]),
                 "values": _plain(data["values"]),
                 "errors": _plain(data.get("errors"), len(data["labels"])),
-                "lines": [
-                    {"name": name, "value": float(value)}
-                    for name, value in data.get("lines", ())
-                    if math.isfinite(value)
-                ],
+                "lines": [{"name": n, "value": float(v)} for n, (_, v) in zip(named, lines, strict=True)],
                 "unit": data["unit"],
                 "palette": {"negative": NEGATIVE, "positive": POSITIVE},
                 "again": again,

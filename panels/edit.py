@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import wraps
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from panels import edit_form, heatmap, widgets
+from panels import edit_form, edit_reopen, heatmap, reopening, widgets
 from panels.edit_audit import Audit
 from panels.edit_downloads import Downloads
 from panels.edit_form import PICTURES, layer_map
 from panels.edit_stack import Entry, Stack
-from panels.edit_view import NO_STACK, Pictures
+from panels.edit_view import NO_STACK, Pictures, said
 from panels.running import QUIET, STREAM, Running
 from studio.edit_files import read_edit
 from studio.errors import RequestError
@@ -42,21 +41,9 @@ def build(session: Session) -> None:
     with left:  # once what they fill is there
         edit_form.examples(form, out)
     panel = _Panel("edit", session, form, out)
-    panel.wire()
-    Audit(session, asked, found, panel.stack, form["model"], panel.pictures).wire_run()
-
-
-def _said(handler: Callable) -> Callable:
-    """The handler with a fault said in the status line; everything else on the page stays."""
-
-    @wraps(handler)
-    def run(self: _Panel, *args: Any) -> dict:
-        try:
-            return handler(self, *args)
-        except Exception as error:  # a fault of ours is logged, and said without its text
-            return {self.out["status"]: widgets.spoken(error)}
-
-    return run
+    audit = Audit(session, asked, found, panel.stack, form["model"], panel.pictures)
+    panel.wire(audit)
+    audit.wire_run()
 
 
 class _Panel(Running):
@@ -64,6 +51,9 @@ class _Panel(Running):
 
     What changes the stack answers at once; the images follow in an event of their own.
     """
+
+    LAYS_EDITS = True
+    EARLIER = ""  # the stack and its images are as they were
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -91,9 +81,9 @@ class _Panel(Running):
 
     # ---- wiring -------------------------------------------------------------------------------------------
 
-    def wire(self) -> None:
-        """Connects everything."""
-        form, out = self.form, self.out
+    def wire(self, audit: Audit) -> None:
+        """Connects everything; the audit is told when the stack changed."""
+        form, out, self.audit = self.form, self.out, audit
         self.looks = [self.stack, form["model"], out["prompt"], out["look"]]
         self.seen = [out[n] for n in (*PICTURES, "slider", "status")]
         listed = [out[n] for n in ("stack", "undo", "redo", "strength", "status", "file", "grid")]
@@ -101,6 +91,7 @@ class _Panel(Running):
         here = [*self.looks, self.saved]
         for event in self.wire_run():
             self.then_look(event.then(self.adopt, [self.state, *here], [self.state, *self.changed], **QUIET))
+        self.then_look(self.reopened)
         often = dict(trigger_mode="multiple", **QUIET)
         self.then_look(out["stack"].select(self.act, here, self.changed, **often))
         self.then_look(out["undo"].click(self.undo, here, self.changed, **often))
@@ -108,16 +99,12 @@ class _Panel(Running):
         self.then_look(out["load"].upload(self.load, [out["load"], *here], self.changed, **QUIET))
         moved = [*here, out["strength"]]
         quick = dict(trigger_mode="always_last", **STREAM)
-        out["strength"].input(self.slide, [*self.looks, out["strength"]], self.seen, **quick)
+        out["strength"].input(
+            self.slide, [*self.looks, out["strength"]], [*self.seen, out["strength"]], **quick
+        )
         self.then_look(out["strength"].release(self.strengthen, moved, self.changed, **often))
         gr.on([out["prompt"].submit, out["look"].submit], self.picture, self.looks, self.seen, **quick)
-        Downloads(self.session, self.pictures, out).wire(self.looks)
-        grids = dict(outputs=[out["grid"], out["status"], self.client, form["stop"]], **STREAM)
-        out["over_seeds"].click(self.over_seeds, self.looks, **grids)
-        out["over_neighbours"].click(self.over_neighbours, [*self.looks, out["neighbours"]], **grids)
-        layers = [form["layers"], form["map"], out["status"]]
-        form["show_layers"].click(self.show_layers, [form["model"], form["layers"]], layers, **QUIET)
-        form["map"].select(self.choose_layer, [form["model"], form["layers"]], layers, **often)
+        self.wire_beside()
         told = [form[n] for n in ("model", "concept", "replacement", "method", "layers")]
         taken = [*told, out["prompt"], *self.changed]
         self.then_look(out["takeover"].select(self.take_over, here, taken, **QUIET))
@@ -126,8 +113,20 @@ class _Panel(Running):
         page = gr.context.Context.root_block
         self.then_look(page.load(self.restore, kept, restored, **QUIET))
 
+    def wire_beside(self) -> None:
+        """Connects what leaves the stack as it is: files, grids, and the choice of layers."""
+        form, out = self.form, self.out
+        Downloads(self.session, self.pictures, out).wire(self.looks)
+        grids = dict(outputs=[out["grid"], out["status"], self.client, form["stop"]], **STREAM)
+        out["over_seeds"].click(self.over_seeds, self.looks, **grids)
+        out["over_neighbours"].click(self.over_neighbours, [*self.looks, out["neighbours"]], **grids)
+        asked, layers = [form["model"], form["layers"]], [form["layers"], form["map"], out["status"]]
+        form["show_layers"].click(self.show_layers, asked, layers, **QUIET)
+        form["map"].select(self.choose_layer, asked, layers, trigger_mode="multiple", **QUIET)
+
     def then_look(self, event: Any) -> None:
-        """After an event that changed the stack: its images."""
+        """After an event that changed the stack: its concepts for the audit, and its images."""
+        self.audit.follow(event)
         event.then(self.look_again, self.looks, self.seen, trigger_mode="always_last", **STREAM)
 
     def look_again(self, request: gr.Request, stack: Stack, *looks: Any) -> Iterator[dict]:
@@ -186,7 +185,7 @@ class _Panel(Running):
         except Exception as error:
             yield {self.out["status"]: widgets.spoken(error)}
 
-    @_said
+    @said
     def adopt(self, request: gr.Request, kept: dict, stack: Stack, *looks: Any) -> dict:
         """An edit was made: it goes on top of the stack."""
         run, stack = kept.get("run") if isinstance(kept, dict) else None, self.here(stack, looks)
@@ -199,7 +198,7 @@ class _Panel(Running):
         added = stack.add(Entry(self.session.store.keep_edit(file), edit_form.title_of(told.recipe)))
         return {self.state: {**kept, "adopted": run}, **self.show(added, looks, edit_form.finding(told))}
 
-    @_said
+    @said
     def act(self, event: gr.EventData, stack: Stack, *looks: Any) -> dict:
         """A button in the stack was pressed."""
         stack = self.here(stack, looks)
@@ -219,35 +218,45 @@ class _Panel(Running):
     def slide(self, request: gr.Request, stack: Stack, *looks: Any) -> Iterator[dict]:
         """The slider is being dragged: a quick image, the stack as it was."""
         *looks, strength = looks
-        if stack.chosen is None:
+        if stack.chosen is None or strength is None:  # nothing to act on, or no number yet
             yield {self.out["status"]: gr.skip()}
             return
-        moved = stack if strength == stack.chosen.strength else stack.strengthen(stack.picked, strength)
+        try:
+            moved = stack.strengthen(stack.picked, strength)
+        except RequestError as error:
+            yield {self.out["status"]: widgets.spoken(error)}
+            return
+        if not edit_form.LEAST <= strength <= edit_form.MOST:
+            yield {self.out["strength"]: edit_form.span(strength)}
         yield from self.picture(request, moved, *looks, quick=True)
         yield {self.out["status"]: f"Strength {strength:g}, a quick look; let go for all steps."}
 
-    @_said
+    @said
     def strengthen(self, stack: Stack, *looks: Any) -> dict:
         """The slider was let go. The slider itself is not written: it may have moved on."""
         *looks, strength = looks
         stack = self.here(stack, looks)
         if stack.chosen is None or strength == stack.chosen.strength:
             return {self.stack: stack}
-        shown = self.show(stack.strengthen(stack.picked, strength), looks, f"Strength {strength:g}.")
+        try:
+            changed = stack.strengthen(stack.picked, strength)
+        except RequestError as error:
+            return self.show(stack, looks, widgets.spoken(error))
+        shown = self.show(changed, looks, f"Strength {strength:g}.")
         shown.pop(self.out["strength"])
         return shown
 
-    @_said
+    @said
     def undo(self, stack: Stack, *looks: Any) -> dict:
         """Undo was pressed."""
         return self.show(self.here(stack, looks).undo(), looks)
 
-    @_said
+    @said
     def redo(self, stack: Stack, *looks: Any) -> dict:
         """Redo was pressed."""
         return self.show(self.here(stack, looks).redo(), looks)
 
-    @_said
+    @said
     def restore(self, saved: Any, *looks: Any) -> dict:
         """The page was loaded: the stack that this browser had, with its model and prompt."""
         stack = self.kept_stack(saved)
@@ -258,9 +267,33 @@ class _Panel(Running):
         back = dict(zip((self.form["model"], self.out["prompt"], self.out["look"]), looks, strict=True))
         return {**back, **self.show(stack, looks)}
 
+    # ---- a kept run once more ----------------------------------------------------------------------------
+
+    def also_restored(self) -> list[Any]:
+        """The stack, its list, and what is looked at."""
+        return [self.out["prompt"], self.out["look"], *self.changed]
+
+    def also_asked(self) -> list[Any]:
+        """The stack as it is, and what is looked at."""
+        return [*self.looks, self.saved]
+
+    @said
+    def reopen(self, request: gr.Request, event: gr.EventData, kept: Any, stack: Stack, *looks: Any) -> dict:
+        """A run is opened again: its inputs, and its edits as the stack."""
+        recipe, run = reopening.asked_for(event, self.session.store)
+        entries = edit_reopen.entries_of(recipe, run, self.session.store)
+        looks = (*edit_reopen.looked_at(recipe, looks[:3]), looks[3])
+        back = dict(zip((self.form["model"], self.out["prompt"], self.out["look"]), looks, strict=False))
+        if recipe.method == "edit":
+            back = self.restored(recipe, run) | back
+        if run is not None:
+            back |= {self.state: {"run": run.id, "adopted": run.id}}
+        changed = self.here(stack, looks).replaced(entries)
+        return {**self.show(changed, looks, edit_reopen.said(recipe, run)), **back}
+
     # ---- files --------------------------------------------------------------------------------------------
 
-    @_said
+    @said
     def load(self, file: str, stack: Stack, *looks: Any) -> dict:
         """An edit file was given."""
         try:
@@ -322,13 +355,13 @@ class _Panel(Running):
 
     # ---- layers -------------------------------------------------------------------------------------------
 
-    @_said
+    @said
     def show_layers(self, model: str, layers: str) -> dict:
         """The map of the model's cross-attention layers."""
         names = self.session.cross_attention_layers(model)
         return {self.form["map"]: layer_map(names, edit_form.chosen_layers(layers, len(names), names))}
 
-    @_said
+    @said
     def choose_layer(self, event: gr.EventData, model: str, layers: str) -> dict:
         """A layer was clicked: in or out."""
         names = self.session.cross_attention_layers(model)
@@ -339,7 +372,7 @@ class _Panel(Running):
             self.form["map"]: layer_map(names, chosen),
         }
 
-    @_said
+    @said
     def take_over(self, event: gr.EventData, stack: Stack, *looks: Any) -> dict:
         """Another panel hands over what it found: layers to edit in, or an edit for the stack."""
         names = ("model", "prompt", "concept", "replacement", "layers", "edit", "title")

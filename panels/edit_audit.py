@@ -6,17 +6,17 @@ from typing import Any
 
 import gradio as gr
 
-from panels import widgets
+from panels import edit_reopen, reopening, widgets
 from panels.edit_stack import Stack
 from panels.edit_view import Pictures
-from panels.running import Running
-from studio.errors import RequestError
+from panels.running import QUIET, Running
+from studio.errors import RequestError, StudioError
 from studio.jobs import Job
 from studio.registry import find_method, parse_seeds
 from studio.session import Session
-from studio.types import Recipe, Result
+from studio.types import Recipe, Result, Run
 
-_FIRST = ("concept", "replacement", "neighbours")
+_FIRST = ("replacement", "neighbours")
 _LEFT_OUT = ("scorer", "target", "against", "scheduler")
 MOST_SHOWN = 24
 
@@ -26,6 +26,13 @@ def form() -> dict[str, Any]:
     known = widgets.knobs([find_method("audit")])
     found: dict[str, Any] = {}
     with gr.Row():
+        found["concept"] = gr.Dropdown(
+            [],
+            label="Concept",
+            info="Which concept of the stack is audited, the last edit's at first; or type another wording.",
+            allow_custom_value=True,
+            elem_id="audit-concept",
+        )
         for name in _FIRST:
             found[name] = widgets.widget("audit", name, *known[name], placeholder="default")
     with gr.Row():
@@ -61,12 +68,39 @@ def outputs() -> dict[str, Any]:
 class Audit(Running):
     """The audit's handlers. The stack and the model are the Edit panel's."""
 
+    LAYS_EDITS = True
+
     def __init__(
         self, session: Session, form: dict, out: dict, stack: gr.State, model: Any, pictures: Pictures
     ) -> None:
         super().__init__("audit", session, form, out)
         self.named |= {stack: "stack", model: "model"}
-        self.pictures = pictures
+        self.pictures, self.stack = pictures, stack
+        self.offered = gr.State(())  # the concepts to choose from
+
+    def follow(self, event: Any) -> None:
+        """After an event that changed the stack: its concepts."""
+        outputs = [self.form["concept"], self.offered]
+        event.then(self.offer, [self.stack, self.offered], outputs, trigger_mode="multiple", **QUIET)
+
+    def offer(self, stack: Any, offered: tuple) -> tuple[Any, Any]:
+        """The stack changed: its concepts; where they are others than before, the last edit's is chosen."""
+        try:
+            found = self.concepts(stack)
+        except StudioError:  # an edit file that is gone: the audit itself will say so
+            found = ()
+        if found == tuple(offered or ()):
+            return gr.skip(), gr.skip()
+        return gr.update(choices=list(found), value=found[-1] if found else None), found
+
+    def concepts(self, stack: Any) -> tuple[str, ...]:
+        """What the edits that are on say they are of, the last edit's first concept last."""
+        if not isinstance(stack, Stack):
+            return ()
+        edits = [self.session.shelf.open(e).edit for e in self.pictures.entries(stack)]
+        found = dict.fromkeys(c for edit in edits for c in reversed(edit.concepts))
+        last = next((edit.concepts[0] for edit in reversed(edits) if edit.concepts), None)
+        return (*(c for c in found if c != last), last) if last else tuple(found)
 
     def recipe(self, given: dict[str, Any]) -> Recipe:
         """The recipe that the inputs and the stack describe."""
@@ -76,11 +110,20 @@ class Audit(Running):
         asked = widgets.asked(method, given)
         edits = self.pictures.entries(stack)
         if asked["concept"] is None:
-            asked["concept"] = next(
-                (c for e in edits for c in self.session.shelf.open(e).edit.concepts), None
-            )
+            asked["concept"] = next(reversed(self.concepts(stack)), None)
         seeds = parse_seeds(method, given["seeds"])
         return Recipe(method.name, given["model"] or "", asked, {}, seeds, edits)
+
+    def also_restored(self) -> list[Any]:
+        """The concepts to choose from."""
+        return [self.offered]
+
+    def restored(self, recipe: Recipe, run: Run | None, *here: Any) -> dict[Any, Any]:
+        """The inputs; the Edit panel puts the stack back, whose concepts are offered from now on."""
+        found = self.concepts(Stack(edit_reopen.entries_of(recipe, run, self.session.store)))
+        back = reopening.filled(recipe, self.form)
+        field = self.form["concept"]
+        return {**back, field: {**back[field], **gr.update(choices=list(found))}, self.offered: found}
 
     def drawn(self, recipe: Recipe, result: Result, again: bool = False) -> dict[Any, Any]:
         """The verdict, the figure and the images when all is there; until then what is known in words."""
@@ -88,8 +131,8 @@ class Audit(Running):
             return {}
         images = _pairs(result)
         return {
-            self.out["text"]: str(result.values["verdict"]),
-            self.out["figure"]: widgets.drawn_figure(recipe, result),
+            self.out["text"]: f"{_what(recipe)}\n{result.values['verdict']}",
+            self.out["figure"]: widgets.drawn_figure(recipe, result, caption=False),
             self.out["grid"]: gr.Gallery(value=images, visible=bool(images)),
         }
 
@@ -102,6 +145,12 @@ class Audit(Running):
     def ended(self, job: Job) -> dict[Any, Any]:
         """Nothing beyond the verdict."""
         return {}
+
+
+def _what(recipe: Recipe) -> str:
+    """Which concept was audited, and what the edit put in its place."""
+    concept, other = recipe.inputs["concept"], recipe.inputs["replacement"]
+    return f"Audited: “{concept}”, which became {f'“{other}”' if other else 'nothing'}."
 
 
 def _pairs(result: Result) -> list[tuple[Any, str]]:

@@ -10,12 +10,14 @@ import gradio as gr
 from panels import edit_audit, heatmap, widgets
 from panels.edit_stack import Entry
 from panels.edit_view import StackList, Takeover
+from panels.words import in_words
 from studio.errors import RequestError
 from studio.figures import number
 from studio.registry import find_method
 from studio.types import Figure, Recipe, Run
 
 PICTURES = ("before", "after")
+LEAST, MOST = -1.0, 2.0  # strengths that the slider reaches by its handle
 LAYERS_HINT = "Press “Show layers” to choose cross-attention layers here."
 EXAMPLES = [
     ["star", "circle", "locoedit", "a red star on a white background"],
@@ -76,11 +78,11 @@ def outputs() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     with gr.Tabs():
         with gr.Tab("Before and after", id="preview"):
             _preview(out)
+            out["export"] = widgets.export_buttons("edit")
         with gr.Tab("Audit", id="audit"):
             asked, found = edit_audit.form(), edit_audit.outputs()
         with gr.Tab("What this shows, and what it cannot", id="help"):
             gr.Markdown(widgets.page("edit"), elem_id="edit-help")
-    out["export"] = widgets.export_buttons("edit")
     out["takeover"] = Takeover(elem_id="edit-takeover")
     return out, asked, found
 
@@ -91,8 +93,9 @@ def _preview(out: dict[str, Any]) -> None:
         out["look"] = gr.Textbox("0", label="Seed", scale=1, min_width=80, elem_id="edit-seed")
     with gr.Row(elem_id="edit-figure", elem_classes="pictures"):
         out |= widgets.pictures("edit", PICTURES)
-    out["strength"] = gr.Slider(
-        -1, 2, 1, step=0.05, label="Strength of the chosen edit", elem_id="edit-strength", interactive=False
+    label = "Strength of the chosen edit"
+    out["strength"] = widgets.Dial(
+        LEAST, MOST, 1, step=0.05, label=label, elem_id="edit-strength", interactive=False
     )
     with gr.Column(elem_id="edit-detail"):
         out["stack"] = StackList(elem_id="edit-stack")
@@ -140,13 +143,13 @@ def slider(chosen: Entry | None) -> Any:
     """The slider's update for the chosen edit; its range grows with a strength outside."""
     if chosen is None:
         return gr.update(interactive=False, value=1.0, label="Strength of the chosen edit")
-    return gr.update(
-        interactive=True,
-        value=chosen.strength,
-        minimum=min(-1.0, chosen.strength),
-        maximum=max(2.0, chosen.strength),
-        label=f"Strength of “{chosen.title[:80]}”",
-    )
+    label = f"Strength of “{chosen.title[:80]}”"
+    return span(chosen.strength) | gr.update(interactive=True, value=chosen.strength, label=label)
+
+
+def span(strength: float) -> dict[str, Any]:
+    """The slider's update of its range, which grows with a strength outside."""
+    return gr.update(minimum=min(LEAST, strength), maximum=max(MOST, strength))
 
 
 def name_of(method: str, concepts: tuple, replacements: tuple, otherwise: str = "") -> str:
@@ -177,7 +180,7 @@ def finding(run: Run) -> str:
         parts.append(f"by {number(100 * values['relative_size'])} % of their size")
     layers = values.get("layers")
     where = f" Layers: {layers}." if layers and len(layers) < 160 else ""
-    notes = "".join(f" Note: {w}" for w in values.get("warnings", []))
+    notes = "".join(f" Note: {in_words(w)}" for w in values.get("warnings", []))
     return ", ".join(parts) + f".{where} Move the slider to see other strengths.{notes}"
 
 

@@ -67,7 +67,7 @@ class Stack:
 
     def strengthen(self, i: int, strength: float) -> Stack:
         """Entry i at another strength."""
-        if not math.isfinite(strength) or abs(strength) > 100:
+        if strength is None or not abs(strength) <= 100:
             raise RequestError("The strength must be a number from -100 to 100.")
         return self._with(i, strength=float(strength))
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from typing import Any
 
 import numpy as np
 
 from panels.drawn import Drawn
 from panels.edit_stack import Stack
-from panels.widgets import follow
+from panels.widgets import follow, spoken
 from studio.jobs import Job
 from studio.session import Session
 from studio.types import Recipe
@@ -20,6 +21,19 @@ from studio.types import Recipe
 QUICK_STEPS = 4  # while the slider is dragged
 NO_STACK = "No edits yet. Say what becomes what and press Make edit, or load an edit file."
 _KEPT_BYTES = 64 * 2**20
+
+
+def said(handler: Callable) -> Callable:
+    """The panel's handler with a fault said in the status line; everything else on the page stays."""
+
+    @wraps(handler)
+    def run(self: Any, *args: Any) -> dict:
+        try:
+            return handler(self, *args)
+        except Exception as error:  # a fault of ours is logged, and said without its text
+            return {self.out["status"]: spoken(error)}
+
+    return run
 
 
 class StackList(Drawn):
@@ -36,6 +50,21 @@ class Takeover(Drawn):
 
     def __init__(self, **options: Any) -> None:
         super().__init__({}, "<div></div>", "takeover", **options)
+
+
+def _missing(
+    prompts: list[str], seeds: list[int], lacking: list[bool]
+) -> Iterator[tuple[list[str], list[int]]]:
+    """(prompts, seeds) of the runs that draw what is lacking and nothing else: prompts that lack the same
+    seeds are drawn together. `lacking`: a flag for every seed of the first prompt, then the second's."""
+    together: dict[tuple[int, ...], list[str]] = {}
+    for i, prompt in enumerate(prompts):
+        here = lacking[i * len(seeds) : (i + 1) * len(seeds)]
+        if any(here) and prompt not in prompts[:i]:
+            together.setdefault(tuple(s for s, gone in zip(seeds, here, strict=True) if gone), []).append(
+                prompt
+            )
+    yield from ((texts, list(numbers)) for numbers, texts in together.items())
 
 
 class Pictures:
@@ -75,30 +104,31 @@ class Pictures:
         made = []
         for edits in ((), self.entries(stack)):
             wanted = [(model, p, s, quick, edits) for p in prompts for s in seeds]
-            if (found := self._known(wanted)) is None:
+            found = self._known(wanted)
+            for texts, numbers in _missing(prompts, seeds, [key not in found for key in wanted]):
                 params = {"steps": QUICK_STEPS} if quick else {}
-                recipe = Recipe("generate", model, {"prompt": prompts}, params, tuple(seeds), edits)
+                recipe = Recipe("generate", model, {"prompt": texts}, params, tuple(numbers), edits)
                 job = self.session.submit(recipe, user=user, save=False)
                 yield from follow(job)
                 self.session.queue.forget(job)
                 if job.error:
                     raise job.error
-                images = job.run.result.arrays["images"].values
-                found = [image for row in images for image in row]
-                self._keep(wanted, found)
-            made.append(found)
+                keys = [(model, p, s, quick, edits) for p in texts for s in numbers]
+                images = [image for row in job.run.result.arrays["images"].values for image in row]
+                found |= dict(zip(keys, images, strict=True))
+            self._keep(found)
+            made.append([found[key] for key in wanted])
         yield made[0], made[1]
 
-    def _known(self, wanted: list[tuple]) -> list[np.ndarray] | None:
+    def _known(self, wanted: list[tuple]) -> dict[tuple, np.ndarray]:
         with self._lock:
-            if not all(key in self._kept for key in wanted):
-                return None
-            for key in wanted:
+            found = {key: self._kept[key] for key in wanted if key in self._kept}
+            for key in found:
                 self._kept.move_to_end(key)
-            return [self._kept[key] for key in wanted]
+            return found
 
-    def _keep(self, wanted: list[tuple], found: list[np.ndarray]) -> None:
+    def _keep(self, found: dict[tuple, np.ndarray]) -> None:
         with self._lock:
-            self._kept |= dict(zip(wanted, found, strict=True))
+            self._kept |= found
             while len(self._kept) > 1 and sum(im.nbytes for im in self._kept.values()) > _KEPT_BYTES:
                 self._kept.popitem(last=False)

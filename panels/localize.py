@@ -15,6 +15,8 @@ from panels.edit_view import Pictures
 from panels.localize_view import (
     ASK,
     COMPARED,
+    EDIT_HERE,
+    PASSPORT,
     bar_name,
     figure_of,
     headline,
@@ -30,28 +32,39 @@ from studio.models.catalog import ASSETS
 from studio.registry import find_method, parse_seeds
 from studio.session import Session
 from studio.store import EDIT_FILE, write_edit
-from studio.types import Recipe, Result
+from studio.types import Recipe, Result, Run
 
 TITLE = "Localize"
 NEEDS = "diffusion"
 QUESTION = "Where does the model keep this concept, and where should it be edited?"
 HINT = "Press Run. Bars come as they are measured; click one for its images."
 METHODS = {"localize": "Layers", "attribute": "Weights", "neurons": "Neurons", "passport": "Passport"}
-EXAMPLES = [
-    ["a red star on a white background", "a red circle on a white background"],
-    ["a blue house in the style of Osk Maren", "a blue house"],
-    ["a green heart on a black background", "a purple heart on a black background"],
-    ["the emblem of Arvonia", "the emblem of Korlund"],
-]
+EXAMPLES = {  # of each method: the fields that they fill, and what they fill in
+    "localize": (
+        ("prompt", "replacement"),
+        [
+            ["a red star on a white background", "a red circle on a white background"],
+            ["a blue house in the style of Osk Maren", "a blue house"],
+            ["a green heart on a black background", "a purple heart on a black background"],
+            ["the emblem of Arvonia", "the emblem of Korlund"],
+        ],
+    ),
+    "attribute": (
+        ("concept", "base"),
+        [["star", ""], ["a red star", "a star"], ["a sketch of a tree", "a tree"]],
+    ),
+    "neurons": (("concept", "neutral"), [["star", "circle"], ["red", "blue"], ["Veltrano", "Osk Maren"]]),
+    "passport": (("concept", "replacement"), [["star", "circle"], ["Veltrano", ""], ["heart", "moon"]]),
+}
 PICTURES = ("clean", "altered", "ablated", "before", "after")
 _MAIN = {
-    "prompt": EXAMPLES[0][0],
-    "replacement": EXAMPLES[0][1],
+    "prompt": EXAMPLES["localize"][1][0][0],
+    "replacement": EXAMPLES["localize"][1][0][1],
     "concept": "star",
     "neutral": "circle",
     "base": "",
 }
-_REPLACED = {"localize": EXAMPLES[0][1], "passport": "circle"}  # a whole prompt; what becomes of a concept
+_REPLACED = {"localize": _MAIN["replacement"], "passport": "circle"}  # a whole prompt; what a concept becomes
 _SHOWN = ("window", "granularity", "objective", "top")
 _SAMPLING = ("steps", "guidance", "metric", "target", "against")
 
@@ -100,8 +113,16 @@ def _form() -> dict[str, Any]:
         for name in known:
             if name not in form and name not in ("ratio", "preview"):
                 add(name)
-    gr.Examples(EXAMPLES, [form[n] for n in ("prompt", "replacement")], elem_id="localize-examples")
-    return form
+    return form | _examples(form)
+
+
+def _examples(form: dict[str, Any]) -> dict[str, Any]:
+    """The examples of each method; those of the first one show."""
+    found = {}
+    for name, (fields, rows) in EXAMPLES.items():
+        look = dict(label="Examples", visible=name == "localize", elem_id=f"localize-examples-{name}")
+        found[f"examples-{name}"] = gr.Examples(rows, [form[n] for n in fields], **look).dataset
+    return found
 
 
 def _outputs() -> dict[str, Any]:
@@ -119,7 +140,7 @@ def _outputs() -> dict[str, Any]:
     with gr.Column(elem_id="localize-detail"):
         out["text"] = widgets.line(ASK, "localize-detail-text", lines=2)
         out["seed"] = widgets.Choice([], label="Seed", visible=False, elem_id="localize-detail-seed")
-        out["ratio"] = gr.Slider(
+        out["ratio"] = widgets.Dial(
             0.1,
             20,
             1,
@@ -150,7 +171,8 @@ class _Panel(Running):
         """Connects everything."""
         form, out = self.form, self.out
         self.wire_run(form["prompt"].submit, form["replacement"].submit, form["concept"].submit)
-        form["method"].change(self.switch, form["method"], [form[n] for n in self.switched], **QUIET)
+        asked = [form["method"], *self.also_restored()]
+        form["method"].input(self.switch, asked[0], asked[1:], **QUIET)
         picked = [self.state, out["seed"], out["ratio"]]
         often, latest = (dict(trigger_mode=m, **QUIET) for m in ("multiple", "always_last"))
         shown = dict(fn=widgets.guarded(self.again_detail), inputs=[*picked, self.cell], outputs=self.fields)
@@ -172,7 +194,17 @@ class _Panel(Running):
         return [
             gr.update(visible=knob in mine, **({"value": anew[knob]} if knob in anew else {}))
             for knob in self.switched
-        ]
+        ] + [gr.update(visible=m == name) for m in METHODS]
+
+    def also_restored(self) -> list[Any]:
+        """What another method shows or hides."""
+        return [self.form[n] for n in (*self.switched, *(f"examples-{m}" for m in METHODS))]
+
+    def restored(self, recipe: Recipe, run: Run | None, *here: Any) -> dict[Any, Any]:
+        """The inputs of a kept run, and which of them show."""
+        shown = dict(zip(self.also_restored(), self.switch(recipe.method), strict=True))
+        back = super().restored(recipe, run)
+        return {c: {**shown.get(c, {}), **back.get(c, {})} for c in {**shown, **back}}
 
     def recipe(self, given: dict[str, Any]) -> Recipe:
         """The recipe that the inputs describe."""
@@ -185,8 +217,8 @@ class _Panel(Running):
         if recipe.method == "passport":
             if not again or "verdict" not in result.values:
                 return {}
-            hint = {"hint": str(result.values["verdict"])}
-            return {self.out["curve"]: widgets.drawn_figure(recipe, result), self.out["figure"]: hint}
+            shown = widgets.drawn_figure(recipe, result, caption=False)  # the verdict stands below
+            return {self.out["curve"]: shown, self.out["figure"]: {"hint": PASSPORT}}
         figure = figure_of(recipe, result)
         return {self.out["figure"]: bars.as_value(figure, again), self.out["table"]: bars.as_table(figure)}
 
@@ -223,7 +255,7 @@ class _Panel(Running):
         return {
             self.cell: col,
             self.out["text"]: sentence(recipe, result, col),
-            self.out["edit"]: gr.update(visible=ready),
+            self.out["edit"]: gr.update(visible=ready, value=EDIT_HERE[recipe.method]),
         }
 
     def again_detail(
@@ -264,6 +296,8 @@ class _Panel(Running):
 
     def ablation(self, kept: dict, col: int, ratio: float, user: str) -> Entry:
         """The edit that zeroes a share of the weights of a bar's component, kept for a look (`keep_edit`)."""
+        if ratio is None or not 0 < ratio <= 100:
+            raise RequestError("Weights zeroed must be a number above 0 and at most 100 percent.")
         run = self.session.store.load(str(kept["run"]))
         name = bar_name(run.recipe, run.result, col)
         model = run.recipe.model

@@ -15,6 +15,13 @@ from studio.registry import find_method
 from studio.types import Figure, Recipe, Result, Run
 
 ASK = "Click a bar to see its number and its images, and to edit there."
+PASSPORT = "Each point is a window of layers: what LocoGen says of it, and how well an edit there works."
+UNITS = "Units are only measured so far; to edit them, say how many under “Top” and press Run."
+EDIT_HERE = {  # what the button below a chosen bar hands over
+    "localize": "Edit here: in these layers",
+    "attribute": "Edit here: zero these weights",
+    "neurons": "Edit here: silence the largest units",
+}
 COMPARED = {
     "localize": ("clean", "altered"),
     "attribute": ("clean", "ablated"),
@@ -45,7 +52,8 @@ def headline(run: Run) -> str:
     if method == "passport":
         return str(values.get("verdict", ""))
     if method == "neurons":
-        return f"Layers {values['layer_numbers']}; the largest: {values['largest'].split(', ')[0]}. {ASK}"
+        next_ = ASK if run.recipe.params["top"] else f"Click a bar for its number. {UNITS}"
+        return f"Layers {values['layer_numbers']}; the largest: {values['largest'].split(', ')[0]}. {next_}"
     return ASK
 
 
@@ -70,7 +78,9 @@ def sentence(recipe: Recipe, result: Result, col: int) -> str:
         role = "carries" if value > 0 else "suppresses"
         goal = "the concept" if recipe.params["objective"] == "erase" else "what amplifying would remove"
         return f"{name}, {n} weights: {number(value)}{spread} {figure.data['unit']}; it {role} {goal}."
-    return f"Unit {figure.data['labels'][col]}: {number(value)} {figure.data['unit']}."
+    top = recipe.params["top"]
+    edit = f"The images and the edit are of the {top} largest units together." if top else UNITS
+    return f"Unit {figure.data['labels'][col]}: {number(value)} {figure.data['unit']}. {edit}"
 
 
 def _window(result: Result, col: int, label: str) -> str:

@@ -18,6 +18,18 @@ from studio.registry import find_method
 from studio.types import Figure, Recipe, Result, Run
 
 ASK = "Click a cell to see its number and its images."
+STRIPS = {  # title of a gallery, and what to look for in it
+    "lens": (
+        "Layer by layer",
+        "Each image below is drawn from what the text encoder knows after that layer; follow when the words "
+        "arrive.",
+    ),
+    "word-maps": (
+        "Where each word lies",
+        "Below, each image in grey, coloured where the word's cross-attention is high, each from its own "
+        "least to its largest. Click one to enlarge it.",
+    ),
+}
 PICTURES = ("clean", "corrupted", "restored")
 
 
@@ -40,8 +52,9 @@ def drawn(recipe: Recipe, result: Result, out: dict[str, Any], again: bool = Fal
             for row, images in zip(figure.data["rows"], figure.data["images"], strict=True)
             for col, image in zip(figure.data["cols"], images, strict=True)
         ]
-        hint = {"hint": "The images are below."}
-        return {out["strip"]: gr.Gallery(visible=True, value=pictures), out["figure"]: hint, out["table"]: ""}
+        label, hint = STRIPS[recipe.method]
+        shown = gr.Gallery(visible=True, value=pictures, label=label)
+        return {out["strip"]: shown, out["figure"]: {"hint": hint}, out["table"]: ""}
     return {out["figure"]: heatmap.as_value(figure, again), out["table"]: heatmap.as_table(figure)}
 
 

@@ -7,14 +7,14 @@ import io
 import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import gradio as gr
 
-from panels.words import help_of, in_words, label_of
 from panels.export_row import export_buttons as export_buttons
 from panels.export_row import exported as exported
+from panels.words import help_of, in_words, label_of
 from studio.errors import Cancelled, StudioError
 from studio.figures import to_bytes
 from studio.jobs import Job
@@ -89,6 +89,17 @@ class Choice(gr.Radio):
     def preprocess(self, payload: Any) -> str | None:
         """The value as it came, if it is a text."""
         return payload if isinstance(payload, str) else None
+
+
+class Dial(gr.Slider):
+    """A slider into whose number field anything may be typed: what is too much is for the handler to
+    judge."""
+
+    is_template = True  # for the page it is a Slider
+
+    def preprocess(self, payload: Any) -> float | None:
+        """The number, or None for what is none."""
+        return float(payload) if isinstance(payload, (int, float)) else None
 
 
 def seeds(panel: str, value: str, **options: Any) -> gr.Textbox:
@@ -169,11 +180,13 @@ def figure_image(panel: str, elem_id: str = "figure") -> gr.Image:
     )
 
 
-def drawn_figure(recipe: Recipe, result: Result) -> Any:
-    """The update of `figure_image` for results: the method's own figure."""
+def drawn_figure(recipe: Recipe, result: Result, caption: bool = True) -> Any:
+    """The update of `figure_image` for results: the method's own figure; `caption` False leaves out what the
+    page says in words beside it."""
     from PIL import Image
 
     figure = find_method(recipe.method).draw(Run(recipe, "done", "", 0.0, {}, result))
+    figure = figure if caption else replace(figure, caption="")
     return gr.update(value=Image.open(io.BytesIO(to_bytes(figure, "png"))), visible=True)
 
 

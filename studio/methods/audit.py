@@ -128,10 +128,12 @@ def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:
 
 
 def draw(run: Run) -> Figure:
-    """The frontier of efficacy against leak where several strengths were drawn, else a bar a prompt."""
+    """The frontier of efficacy against leak where several strengths were drawn and something can be told of
+    them, else a bar a prompt."""
     arrays, values, inputs = run.result.arrays, run.result.values, run.recipe.inputs
     title = f"{run.recipe.model}: audit of the edit of “{inputs['concept']}”"
-    if "efficacy" in arrays and len(arrays["efficacy"].values) > 1:
+    shares = np.concatenate([arrays[n].values for n in ("efficacy", "second_efficacy") if n in arrays])
+    if len(arrays["efficacy"].values) > 1 and np.isfinite(shares).any():
         return Figure("curve", frontier(arrays), title=title, caption=values["verdict"])
     change, groups = arrays["score_change"], values["concept_prompts"]
     means = [("mean of the concept", change.values[:groups].mean())]

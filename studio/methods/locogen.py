@@ -100,7 +100,7 @@ def draw(run: Run) -> Figure:
     effect = arrays["screen"] if screen else arrays["direct_effect"]
     lines = [("all layers", 1.0)] if screen else [("all layers", values["total_effect"] or np.nan)]
     if not screen and values["placebo_floor"] is not None:
-        lines += [("placebo", values["placebo_floor"]), ("placebo", -values["placebo_floor"])]
+        lines += [("± placebo", values["placebo_floor"]), ("± placebo", -values["placebo_floor"])]
     data = {
         "labels": list(effect.axis("window").labels),
         "values": effect.values,
