@@ -114,12 +114,10 @@ def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:
     strengths = strengths_of(params.strengths, params.efficacy)
     check_templates("--templates", params.templates)
     check_templates("--paraphrases", inputs.paraphrases)
-    check_others("--neighbours", inputs.neighbours or (), inputs.concept)
-    check_others("--unrelated", inputs.unrelated or (), inputs.concept)
-    if (
-        inputs.replacement is not None
-        and inputs.replacement.strip().lower() == inputs.concept.strip().lower()
-    ):
+    concept = inputs.concept or ""  # without one it is the edit file's, which is not open yet
+    check_others("--neighbours", inputs.neighbours or (), concept)
+    check_others("--unrelated", inputs.unrelated or (), concept)
+    if concept and (inputs.replacement or "").strip().lower() == concept.strip().lower():
         raise RequestError("--replacement is the concept itself; say what the edit put in its place.")
     prompts = len(params.templates) + len(inputs.paraphrases) + len(inputs.neighbours or ())
     total = (prompts * (3 + len(strengths)) + 2 * len(inputs.unrelated or ())) * len(seeds)

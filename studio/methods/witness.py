@@ -82,7 +82,7 @@ def check_others(option: str, given: Sequence[str], concept: str) -> None:
         check_no_file(option, text)
         if not text.strip():
             raise RequestError(f"{option} holds an empty text; name a prompt.")
-        if holds(text, concept):
+        if concept and holds(text, concept):
             raise RequestError(
                 f"{option}: {text[:60]!r} holds the concept {concept[:60]!r} itself, so it is no prompt that "
                 "an edit of it should leave alone."
