@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from studio import figures
+from studio import figures, palette
+from studio.errors import RequestError
 from studio.types import Axis, Figure, Trace
 
 RECIPE = {"method": "generate", "inputs": {"prompt": 'a "red" <star> & größer'}}
@@ -101,6 +102,114 @@ def test_cells_take_the_ends_of_the_palette_and_missing_ones_are_grey() -> None:
     assert rgb(figures.EMPTY) not in pixels(heat(values=np.array([[2.0, 0.0], [-2.0, 1.0]])))
 
 
+def test_a_fixed_scale_gives_a_value_the_same_colour_in_every_map() -> None:
+    scale = (-0.5, 2.0)
+    one = figures.scaled(heat(values=np.array([[0.4, 0.1], [-0.2, 0.3]])), scale)
+    other = figures.scaled(heat(values=np.array([[0.4, 1.9], [-1.0, 5.0]])), scale)
+    mine = rgb(palette.shade(0.4, scale))
+    assert mine in pixels(one) and mine in pixels(other)
+    own = [palette.scale_of(heat(values=np.array(v)).data) for v in ([[0.4, 0.1]], [[0.4, 1.9]])]
+    assert palette.shade(0.4, own[0]) != palette.shade(0.4, own[1])
+    assert rgb(palette.shade(-9, scale)) in pixels(other) and palette.shade(-9, scale) == palette.shade(
+        -0.5, scale
+    )
+    ticks = [t for t in texts(one) if re.fullmatch(r"[−-]?[0-9.]+", t)]
+    assert max(float(t.replace("−", "-")) for t in ticks) == 2.0
+    assert figures.scaled(bars(), scale).data.get("scale") is None
+
+
+def test_every_drawn_cell_has_the_shade_of_its_value() -> None:
+    values = np.random.default_rng(0).normal(0, 1, (6, 7))
+    found = pixels(heat(rows=list("abcdef"), cols=list("0123456"), values=values))
+    scale = palette.scale_of({"values": values})
+    assert {rgb(palette.shade(v, scale)) for v in values.ravel()} <= found
+
+
+def test_shades_run_from_blue_through_white_to_red() -> None:
+    assert [palette.shade(v, (-2, 2)) for v in (-2, 0, 2)] == [
+        palette.NEGATIVE,
+        palette.NEUTRAL,
+        palette.POSITIVE,
+    ]
+    assert palette.shade(math.nan, (-1, 1)) == palette.EMPTY and len(set(palette.SHADES)) > 200
+
+
+def seen(colour: str, weak: str) -> np.ndarray:
+    """A colour in CIELAB as a person without `weak` cones sees it (the matrices of Machado and others, 2009,
+    severity 1; "": with all cones)."""
+    matrices = {
+        "green": "0.367322 0.860646 -0.227968 0.280085 0.672501 0.047413 -0.01182 0.04294 0.968881",
+        "red": "0.152286 1.052583 -0.204868 0.114503 0.786281 0.099216 -0.003882 -0.048116 1.051998",
+        "blue": "1.255528 -0.076749 -0.178779 -0.078411 0.930809 0.147602 0.004733 0.691367 0.3039",
+        "": "1 0 0 0 1 0 0 0 1",
+    }
+    matrix = np.array(matrices[weak].split(), float).reshape(3, 3)
+    value = np.array(rgb(colour)) / 255
+    linear = np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+    linear = np.clip(matrix @ linear, 0, 1)
+    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+    xyz = np.array(to_xyz) @ linear / [0.9505, 1, 1.089]
+    f = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("weak", ["", "green", "red", "blue"])
+def test_colour_blind_people_can_tell_the_colours_apart(weak: str) -> None:
+    def apart(a: str, b: str) -> float:
+        return float(np.linalg.norm(seen(a, weak) - seen(b, weak)))
+
+    pairs = [(a, b) for i, a in enumerate(palette.SERIES) for b in palette.SERIES[:i]]
+    assert min(apart(*pair) for pair in pairs) > 12
+    assert apart(palette.NEGATIVE, palette.POSITIVE) > 40
+    half = [palette.shade(v, (-1, 1)) for v in (-0.5, 0, 0.5)]
+    assert min(apart(half[0], half[1]), apart(half[1], half[2]), apart(half[0], half[2])) > 15
+
+
+@pytest.mark.parametrize(
+    ("text", "scale"),
+    [("", None), ("-0.1, 0.5", (-0.1, 0.5)), ("0.3", (-0.3, 0.3)), ("-2", (-2, 2)), (" 0;1e-3 ", (0, 0.001))],
+)
+def test_a_scale_is_read(text: str, scale: Any) -> None:
+    assert palette.read_scale(text) == scale
+
+
+@pytest.mark.parametrize("text", ["a", "1,2,3", "0.5,-0.1", "nan", "-inf,1", "0", "1,1", ","])
+def test_a_wrong_scale_is_said(text: str) -> None:
+    with pytest.raises(RequestError, match="must be two numbers, the lower first, such as -0.1, 0.5"):
+        palette.read_scale(text)
+
+
+def test_dots_per_inch() -> None:
+    sizes = []
+    for dpi in (100, 300):
+        with Image.open(io.BytesIO(figures.to_bytes(heat(), "png", dpi=dpi))) as opened:
+            sizes.append((opened.width, round(opened.info["dpi"][0])))
+    assert sizes[1][0] == pytest.approx(3 * sizes[0][0], abs=3) and [s[1] for s in sizes] == [100, 300]
+    wide = heat(rows=["a"] * 80, cols=["b"] * 80, values=np.ones((80, 80)))
+    with pytest.raises(RequestError, match=r"At 2000 dots per inch .* million pixels; take at most \d+"):
+        figures.to_bytes(wide, "png", dpi=2000)
+
+
+def test_a_pdf_embeds_its_fonts_as_truetype_and_carries_the_recipe() -> None:
+    from pypdf import PdfReader
+
+    reader = PdfReader(io.BytesIO(figures.to_bytes(heat(), "pdf", RECIPE)))
+    fonts = [f.get_object() for f in reader.pages[0]["/Resources"]["/Font"].values()]
+    below = [f["/DescendantFonts"][0].get_object() if "/DescendantFonts" in f else f for f in fonts]
+    assert below and {str(f["/Subtype"]) for f in below} <= {"/CIDFontType2", "/TrueType"}  # Type 42
+    assert all("/FontFile2" in f["/FontDescriptor"].get_object() for f in below)
+    assert "a map" in reader.pages[0].extract_text()
+    assert json.loads(reader.metadata.subject) == RECIPE
+
+
+def test_an_image_carries_a_note() -> None:
+    pixels_ = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
+    for note in ("", "x", "y" * 100_000):
+        with Image.open(io.BytesIO(figures.image_bytes(pixels_, note))) as opened:
+            assert opened.info.get("Description", "") == note
+            np.testing.assert_array_equal(np.asarray(opened), pixels_)
+
+
 def test_a_map_of_nothing_but_nan() -> None:
     assert rgb(figures.EMPTY) in pixels(heat(values=np.full((2, 2), math.nan)))
 
@@ -165,6 +274,17 @@ def test_csv_names_every_number() -> None:
         ["effect", 'seed=7; layer=c"d', "9.99999972e-10", "cosine"],
         ["clean", "", "0.5", "cosine"],
     ]
+
+
+def test_a_csv_with_a_note_is_read_by_pandas_as_it_is() -> None:
+    import pandas
+
+    arrays = {"effect": Trace(np.array([0.5, -1.0, 2.0]), (Axis("layer", ("a", "b", "c")),), "cosine")}
+    note = json.dumps(RECIPE)
+    read = pandas.read_csv(io.StringIO(figures.to_csv(arrays, note)))
+    assert list(read.columns) == ["array", "place", "value", "unit", "recipe"]
+    assert read["value"].tolist() == [0.5, -1.0, 2.0] and read["value"].dtype == float
+    assert json.loads(read["recipe"][0]) == RECIPE and read["recipe"][1:].isna().all()
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@"])
