@@ -116,13 +116,17 @@ def overview() -> str:
 
 def run_method(method: Method, argv: list[str]) -> int:
     """Runs a method's command."""
-    from studio.store import EDIT_FILE, MADE_FILE, as_record, check_free, copy_file
+    from studio.store import as_record, check_free
     from studio.types import Recipe
 
     given = parse_options(
         method.name, f"{method.summary} {method.paper}".strip(), method_options(method), argv
     )
     asked = _asked(method, given)
+    if "prompts" in given:
+        from studio.prompt_command import run_prompts
+
+        return run_prompts(method, asked, given)
     out = Path(given["out"]).expanduser() if "out" in given else None
     if out is not None:
         check_free(out)
@@ -142,14 +146,8 @@ def run_method(method: Method, argv: list[str]) -> int:
         for warning in run.result.values.get("warnings", []):
             print(f"locus: warning: {warning}", file=sys.stderr)
         where = out or session.store.root / run.id
-        made = [f for name in (EDIT_FILE, MADE_FILE) if (f := where / name).is_file()]
-        if saved is not None and not made:
-            raise StudioError(
-                f"{method.name} made no {method.saves} with these options, so nothing is saved; the run is "
-                f"{where}."
-            )
         if saved is not None:
-            copy_file(made[0], saved)
+            _save(method, where, saved)
         if given["json"]:
             print(json.dumps(as_record(run), ensure_ascii=False))
         if not given["json"] or out is None:
@@ -168,6 +166,19 @@ def _saved(method: Method, asked: dict[str, Any], given: dict[str, Any]) -> Path
     if method.unsaved and (why := method.unsaved(parse(method, asked)[1])):
         raise RequestError(why)
     return file
+
+
+def _save(method: Method, folder: Path, file: Path) -> None:
+    """Copies the file that a run made; StudioError when it made none."""
+    from studio.store import EDIT_FILE, MADE_FILE, copy_file
+
+    made = [f for name in (EDIT_FILE, MADE_FILE) if (f := folder / name).is_file()]
+    if not made:
+        raise StudioError(
+            f"{method.name} made no {method.saves} with these options, so nothing is saved; the run is "
+            f"{folder}."
+        )
+    copy_file(made[0], file)
 
 
 def _say_taken(method: Method, asked: Mapping[str, Any], recipe: Any) -> None:

@@ -85,6 +85,20 @@ def read_sweep(path: str, limit: int | None = None) -> Sweep:
     return Sweep(method, points, hashlib.sha256(whole.encode()).hexdigest(), unused)
 
 
+def prompt_sweep(method: Method, asked: Mapping[str, Any], source: Path, limit: int | None = None) -> Sweep:
+    """One run a line of a file of prompts (see `read_rows`); what a line does not say is as in `asked`.
+    RequestError when the method takes no prompt."""
+    if "prompt" not in _names(method):
+        raise RequestError(f"{method.name} takes no prompt, so it takes no file of prompts.")
+    rows: list[tuple[int | None, dict[str, Any]]] = [*read_rows(source)]
+    unused = _unused(method, rows)
+    rows = [(line, {k: v for k, v in row.items() if k not in unused}) for line, row in rows]
+    _check_count(len(rows), limit)
+    points = tuple(_points(asked, {}, rows, source.parent))
+    whole = json.dumps([method.name, [p.asked for p in points]], sort_keys=True)
+    return Sweep(method, points, hashlib.sha256(whole.encode()).hexdigest(), unused)
+
+
 def recipes(
     sweep: Sweep, checked: Callable[[Recipe], Recipe], default_models: Mapping[str, str]
 ) -> list[Recipe]:
@@ -204,23 +218,36 @@ def _rows(given: Any, file: Path, grid: Mapping[str, Any]) -> list[tuple[int | N
     if not isinstance(given, str):
         raise RequestError(f"`rows` of {file} must name a JSONL file, not {_short(given)}.")
     source = Path(_beside(file.parent, given))
-    found = []
-    for number, line in enumerate(_read_text(source).splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise RequestError(f"Line {number} of {source} is no JSON: {str(error)[:120]}.") from error
-        if not isinstance(value, dict):
-            raise RequestError(f'Line {number} of {source} must be an object, as in {{"prompt": "a star"}}.')
-        row = _options(value, f"Line {number} of {source}")
+    found = read_rows(source)
+    for number, row in found:
         if twice := sorted(row.keys() & grid.keys()):
             raise RequestError(f"Line {number} of {source} holds {twice[0]!r}, which `grid` varies already.")
-        found.append((number, row))
+    return found
+
+
+def read_rows(source: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line, parameters) of every line of a file that isn't blank. Of a .jsonl file each line is an object of
+    parameters by name, or a text, which is the prompt; of any other file each line is a prompt.
+    RequestError says which line is wrong."""
+    objects, found = source.suffix.lower() in (".jsonl", ".json", ".ndjson"), []
+    for number, line in enumerate(_read_text(source).splitlines(), 1):
+        if line.strip():
+            value = _of_line(line, f"Line {number} of {source}") if objects else {"prompt": line.strip()}
+            found.append((number, _options(value, f"Line {number} of {source}")))
     if not found:
         raise RequestError(f"{source} holds no line; write one set of parameters a line.")
     return found
+
+
+def _of_line(line: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where} is no JSON: {str(error)[:120]}.") from error
+    value = {"prompt": value} if isinstance(value, str) else value
+    if not isinstance(value, dict):
+        raise RequestError(f'{where} must be an object, as in {{"prompt": "a star"}}, or a prompt.')
+    return value
 
 
 def _unused(method: Method, rows: list[tuple[int | None, dict[str, Any]]]) -> tuple[str, ...]:

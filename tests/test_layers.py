@@ -46,6 +46,7 @@ LEVELS = {
     "studio.spurious_correlation": 6,
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.run_commands", "studio.options", "launch"), 8),
+    "studio.prompt_command": 8,
 }
 WRITING = (
     *(
