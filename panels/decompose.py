@@ -8,18 +8,25 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
-from PIL import Image
 
-from panels import bars, decompose_form, decompose_view, decompose_without, heatmap, reopening, widgets
+from panels import (
+    bars,
+    decompose_find,
+    decompose_form,
+    decompose_view,
+    decompose_without,
+    heatmap,
+    reopening,
+    widgets,
+)
 from panels import decompose_images as pictured
 from panels.decompose_form import HINT
 from panels.decompose_images import PRESS
+from panels.decompose_side import Side
 from panels.decompose_view import ASK
 from panels.running import QUIET, STREAM, Running
 from studio.errors import RequestError
 from studio.jobs import Job
-from studio.methods.vit_decomposition import HEAD
-from studio.methods.word_maps import overlay
 from studio.registry import find_method
 from studio.session import Session
 from studio.types import Recipe, Result, Run
@@ -47,6 +54,8 @@ class _Panel(Running):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.chooser = pictured.Chooser(self.session, self.form)
+        self.side = Side(self.session, self.form, self.out, self.measured)
+        self.find = decompose_find.Find(self.session, self.form, self.out)
         shared = ("images", "said", "method", "model", "beside", "granularity")
         self.switched = [c for c in self.form if c not in shared and self.form[c] in self.named]
 
@@ -79,13 +88,15 @@ class _Panel(Running):
         second = [self.state, form["beside"], out["text"], out["shown"]]
         also = [started.then, picked.then, mean.then, out["text"].input, form["beside"].input]
         for listen in also:
-            listen(self.beside, second, [out["beside"], out["beside-said"]], **STREAM)
+            listen(self.side.beside, second, self.side.shown["model"], **STREAM)
         self._wire_clicks(place, seen)
         again = [out["chosen"].change, out["by"].input, out["csv"].upload, out["csv"].clear]
         gr.on([*again, out["text"].input], self.recount, chosen, told, trigger_mode="always_last", **QUIET)
         for event in (started, self.reopened):
             event.then(self.recount, chosen, told, **QUIET)
         self._wire_truly()
+        self.find.wire()
+        self.side.wire()
 
     def _wire_clicks(self, place: list, seen: list) -> None:
         """A cell of either map: its component is collected, shown, and its token map is computed."""
@@ -99,7 +110,7 @@ class _Panel(Running):
                 **often,
             )
             event = event.then(widgets.guarded(self.show), place, seen, **often)
-            event.then(self.look, place, [out["where"], out["spread"]], **STREAM)
+            event.then(self.side.look, place, self.side.shown["map"], **STREAM)
 
     def _wire_truly(self) -> None:
         """The true ablation is a view of its own; the chosen components go there."""
@@ -108,9 +119,9 @@ class _Panel(Running):
             return
         texts = form[widgets.own("texts", find_method(name))]
         moved = out["truly"].click(
-            lambda chosen, said: ["\n".join(chosen or []), said, name],
+            lambda chosen, said: ["\n".join(chosen or []), said, "", name],
             [out["chosen"], form["texts"]],
-            [form["components"], texts, form["method"]],
+            [form["components"], texts, form["feature"], form["method"]],
             **QUIET,
         )
         moved.then(None, None, None, js=PRESS)
@@ -122,7 +133,13 @@ class _Panel(Running):
             widgets.own(n, chosen) if widgets.own(n, chosen) in self.form else n
             for n in widgets.knobs([chosen])
         }
+        mine |= set(decompose_find.FIELDS if name == decompose_find.METHOD else ())
         return [gr.update(visible=knob in mine) for knob in (*self.switched, "granularity")]
+
+    def stop(self, request: gr.Request, kept: dict | None) -> str:
+        """Stop was pressed: the run, and what runs beside it."""
+        beside, said = self.side.stop(str(request.session_hash)), super().stop(kept)
+        return "Stopping …" if beside else said
 
     def warm(self, model: str) -> None:
         """The tab was opened: its model is loaded meanwhile, so that the first run starts at once."""
@@ -140,6 +157,8 @@ class _Panel(Running):
         asked["images"] = [str(pictured.folder_of(self.session, given["images"]))]
         if method.name == "decompose":
             asked["heads"] = None
+        if method.name == decompose_find.METHOD:
+            asked = self.find.asked(asked, given)
         model = (given["model"] or "").strip()
         return Recipe(method.name, model, decompose_form.space(model, asked), {}, ())
 
@@ -155,6 +174,8 @@ class _Panel(Running):
             asked |= dict.fromkeys(own)
         back = reopening.filled(replace(recipe, inputs=asked, params={}), self.form)
         back.pop(self.form["images"], None)
+        if recipe.method == decompose_find.METHOD:
+            back |= self.find.restored(recipe)
         return back | self.chooser.back(recipe.inputs.get("images") or ())
 
     # ---- images -------------------------------------------------------------------------------------------
@@ -248,59 +269,6 @@ class _Panel(Running):
         component = figure.data["rows"][row]
         return [component, figure.data["cols"][col], [*dict.fromkeys([*(chosen or []), component])]]
 
-    def look(
-        self, request: gr.Request, kept: dict | None, text: str, image: str, component: str | None
-    ) -> list:
-        """Where in the image the clicked head looks: a quick run with its key tokens."""
-        try:
-            picture, said = self.token_map(str(request.session_hash), kept, text, image, component or "")
-        except Exception as error:
-            picture, said = None, widgets.spoken(error)
-        shown = gr.update(value=picture, visible=picture is not None)
-        return [shown, gr.update(value=said, visible=bool(said))]
-
-    def token_map(
-        self, user: str, kept: dict | None, text: str, image: str, component: str
-    ) -> tuple[np.ndarray | None, str]:
-        """(the image as the model sees it with the head's scores over it, the sentence about them)."""
-        recipe, result = self.measured(kept)
-        if recipe.method != "decompose" or "scores" not in result.arrays:
-            return None, ""
-        if not HEAD.fullmatch(component):
-            return None, f"{component} has no map over the image; heads have."
-        text = text or result.arrays["scores"].axis("text").labels[0]
-        image = image or decompose_view.extremes(result, component, text)[0][0]
-        file = pictured.by_label(recipe.inputs["images"])[image]
-        params = {**recipe.params, "granularity": "token", "heads": [component]}
-        asked = Recipe("decompose", recipe.model, {"images": [str(file)], "texts": [text]}, params, ())
-        job = self.session.submit(asked, user=user, save=False)
-        while not job.over:
-            job.wait(job.version, 0.5)
-        if job.error:
-            raise job.error
-        tokens = job.run.result.arrays["token_scores"]
-        grid, others = decompose_view.token_grid(tokens.axis("token").labels, tokens.values[0, :, 0])
-        seen = self.session.call(recipe.model, lambda m: _seen(m, file), user=user, kind="vision")
-        heat = Image.fromarray(grid.astype(np.float32)).resize(seen.shape[1::-1], Image.Resampling.NEAREST)
-        said = decompose_view.token_sentence(component, text, grid, others)
-        return overlay(seen, np.asarray(heat)), f"{Path(image).stem}: {said}"
-
-    def beside(self, request: gr.Request, kept: dict | None, name: str | None, text: str, image: str) -> list:
-        """The same run of another model, whose map stands below; once it was made it comes from the store."""
-        hidden = gr.update(visible=False)
-        if not name or not kept:
-            return [hidden, hidden]
-        try:
-            recipe, _ = self.measured(kept)
-            params = {k: v for k, v in recipe.params.items() if k not in ("clip", "aligner")}
-            asked = Recipe(recipe.method, name, recipe.inputs, decompose_form.space(name, params), ())
-            result = self.session.run(asked, user=str(request.session_hash)).result
-            figure = decompose_view.layer_map(result, text or None, image)
-        except Exception as error:
-            return [hidden, gr.update(value=f"{name}: {widgets.spoken(error)}", visible=True)]
-        said = gr.update(value=f"{name}, for the same images and texts:", visible=True)
-        return [gr.update(value=heatmap.as_value(figure, True), visible=True), said]
-
     def recount(
         self, kept: dict | None, chosen: list | None, text: str, image: str, by: str, groups: str | None
     ) -> dict[Any, Any]:
@@ -315,6 +283,8 @@ class _Panel(Running):
                 table = gr.update(value={"headers": columns, "data": rows}, visible=True)
                 said = decompose_view.ablated(result)
                 return update | {out["before"]: table, out["change"]: said, out["order-said"]: ""}
+            if recipe.method == decompose_find.METHOD:
+                return update | {out["change"]: ""} | self.find.ordered(recipe, result)
             update |= self.changed(result, list(chosen or []), groups)
             update |= self.ordered(recipe, result, list(chosen or []), text, image, by)
         except Exception as error:
@@ -389,10 +359,3 @@ class _Panel(Running):
     def ended(self, job: Job) -> dict[Any, Any]:
         """The finding."""
         return {self.out["detail"]: decompose_view.headline(job.run) or ASK}
-
-
-def _seen(model: Any, file: Path) -> np.ndarray:
-    """(H, W, 3) uint8: an image after the model's preprocessing, from its least value to its largest."""
-    pixels = model.pixels([pictured.read_image(file)[0]])[0].float().cpu().numpy()
-    spread = max(float(np.ptp(pixels)), 1e-12)
-    return ((pixels - pixels.min()) / spread * 255).round().astype(np.uint8).transpose(1, 2, 0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from panels import bars, heatmap, widgets
+from panels import bars, decompose_find, heatmap, widgets
 from panels.decompose_images import EXAMPLES, TOLD, TRIES, Pasted
 from panels.decompose_view import ASK
 from panels.decompose_without import COLUMNS
@@ -18,10 +18,12 @@ VIEWS = {
     "text-span": "What heads write",
     "rank-components": "Who carries a feature",
     "ablate-components": "Without components",
+    "retrieve-images": "Find images",
 }
 HINT = "Press Run. One image takes about a second; click a cell for more."
 _OWN = ("images", "granularity")  # knobs that the panel sets itself
-_PATHS = ("groups", "reference")  # files of the machine that serves, which a page does not name
+_ONE_EACH = ("texts", "text", "heads")  # knobs that mean something else in every method
+_PATHS = ("groups", "reference", "like")  # files of the machine that serves, which a page does not name
 
 
 def views() -> dict[str, str]:
@@ -66,14 +68,14 @@ def form() -> dict[str, Any]:
 
 
 def _options(methods: list[Any], already: dict[str, Any]) -> dict[str, Any]:
-    """Inputs of all other knobs; `texts` and `heads` mean something else in every method."""
-    found: dict[str, Any] = {}
+    """Inputs of all other knobs."""
+    found: dict[str, Any] = decompose_find.fields()
     for chosen in methods:
         for name, (f, kind) in widgets.knobs([chosen]).items():
             shown = chosen.name == "decompose"
             if name in (*_OWN, *_PATHS) or (shown and name in ("texts", "heads")):
                 continue
-            key = widgets.own(name, chosen) if name in ("texts", "heads") else name
+            key = widgets.own(name, chosen) if name in _ONE_EACH else name
             if key not in found and key not in already:
                 look = dict(visible=shown, elem_id=f"decompose-{key}")
                 found[key] = widgets.widget("decompose", name, f, kind, **look)
@@ -163,7 +165,8 @@ def _detail() -> dict[str, Any]:
             multiselect=True,
             allow_custom_value=True,
             label="Chosen components",
-            info="A click in the map adds one; for “Without them” and “Find images”.",
+            info="A component is a part whose output is added to the representation: a head, an MLP, the "
+            "embedding, a bias. A click in the map adds one; for “Without them” and “Find images”.",
             elem_id="decompose-chosen",
         )
         with gr.Row():
@@ -231,6 +234,8 @@ def _find() -> dict[str, Any]:
         label="Order the images through the chosen components",
         elem_id="decompose-by",
     )
-    out["order-said"] = widgets.line("Choose components: click some in the map.", "decompose-order-said")
+    out["order-said"] = widgets.line(
+        "Choose components: click some in the map.", "decompose-order-said", most=4
+    )
     out["order"] = _gallery("From high to low", "order")
-    return out
+    return out | decompose_find.outputs()

@@ -189,7 +189,7 @@ def headline(run: Run) -> str:
     """The finding in a sentence, and what to do next."""
     found = scores(run.result)
     if found is None:
-        return ""
+        return str(run.result.values.get("finding", ""))
     values = found.of(None, None)
     best = int(np.abs(values).argmax())
     named = "" if len(found.texts) == 1 and found.texts[0] == found.unit else f" for “{found.texts[0]}”"
