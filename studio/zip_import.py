@@ -128,7 +128,7 @@ def _read(folder: Path) -> Run:
     if not isinstance(record, dict):
         raise _damaged("run.json")
     check_format(record.get("format", 1), "This zip")
-    read_note({k: record.get(k) for k in ("recipe", "model", "host")}, "This zip")
+    read_note({k: record.get(k) for k in ("recipe", "model", "host")}, "this zip")
     if record.get("status") not in ("done", "stopped", "failed") or not isinstance(
         record.get("started"), str
     ):
