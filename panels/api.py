@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ from studio.errors import StudioError
 from studio.jobs import Job
 from studio.registry import REQUIRED, Method, load_methods
 from studio.session import Session
-from studio.store import as_record
 
 PACE = 0.25  # seconds between two looks at a job
 _FILE = {
@@ -139,7 +139,8 @@ def answer(session: Session, job: Job) -> tuple[dict[str, Any], list[dict]]:
     """(run.json's content with the run's id, the run's files)."""
     folder = session.store.path(job.run.id)
     files = [f for f in sorted(folder.rglob("*")) if f.is_file() and f.name != "run.json"]
-    return as_record(job.run) | {"id": job.run.id}, [_offered(f) for f in files]
+    record = json.loads((folder / "run.json").read_text("utf-8"))
+    return record | {"id": job.run.id}, [_offered(f) for f in files]
 
 
 def _offered(file: Path) -> dict:
@@ -151,7 +152,9 @@ def _offered(file: Path) -> dict:
 def refusal(error: BaseException, session: Session, job: Job | None = None) -> gr.Error:
     """An error as one sentence in the words of the API, without paths of the store."""
     said = str(error) if isinstance(error, StudioError) and str(error) else widgets.spoken(error)
-    said = plain_words(said).replace(f"{session.store.root}/", "")
+    for place in (f" in {session.store.root}", f"{session.store.root}/"):
+        said = said.replace(place, "")
+    said = plain_words(said)
     if job is not None and job.run is not None and job.run.id:
         said += f" What was measured until then is kept as the run {job.run.id}."
     return gr.Error(said, print_exception=False)

@@ -14,7 +14,7 @@ from studio.registry import REQUIRED, Method, base_type, hints
 
 MODELS = frozenset({"scorer", "second_scorer", "clip"})  # knobs that name a second model
 MADE = frozenset({"aligner"})  # knobs that name a file which another run made
-TABLES = frozenset({"groups"})  # knobs that name a file of this machine which lies beside others: not offered
+TABLES = frozenset({"groups"})  # files that say something of others beside them: not offered
 _EXAMPLES: dict[str, dict[str, Any]] = {
     "diffusion": {
         "prompt": "a red star on a white background",
@@ -53,6 +53,11 @@ def plain_words(text: str) -> str:
     return text
 
 
+def served(knob: Any) -> bool:
+    """Whether a knob is offered over the network."""
+    return not (knob.metadata["paths"] and knob.name in TABLES)
+
+
 def default_model(method: Method) -> str:
     """The embedded model that a method takes when none is named."""
     families = ("clip", "vision") if method.family == "vision" else (method.family,)
@@ -65,7 +70,7 @@ def parameters(method: Method) -> tuple[Parameter, ...]:
     found = [Parameter("model", "model", str, default_model(method), "name of a model; see `locus models`")]
     for cls in (method.inputs, method.params):
         kinds = hints(cls)
-        found += [_of_knob(f, kinds[f.name], method.family) for f in fields(cls) if f.name not in TABLES]
+        found += [_of_knob(f, kinds[f.name], method.family) for f in fields(cls) if served(f)]
     if method.samples:
         many = "seeds, whole numbers from 0; two or more give standard errors"
         found.append(Parameter("seeds", "seeds", list[int], list(method.seeds), many))

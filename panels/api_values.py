@@ -43,8 +43,9 @@ class Asked:
 def asked(session: Session, method: Method, given: Mapping[str, Any]) -> Asked:
     """The request that these parameters make; RequestError says which of them is wrong."""
     known = {p.name: p for p in parameters(method)}
-    read = {name: _read(session, known[name], value) for name, value in given.items()}
-    model, seeds = read.pop("model"), read.pop("seeds", None)
+    model = _read(session, known["model"], given.get("model"))
+    read = {name: _read(session, known[name], value) for name, value in given.items() if name != "model"}
+    seeds = read.pop("seeds", None)
     edits = _edits(read.pop("edit", None) or (), read.pop("edit_strengths", None))
     force = read.pop("force", False)
     if not isinstance(force, bool):

@@ -6,11 +6,13 @@ filling.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
 import os
 import socket
 import tempfile
 import webbrowser
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -85,12 +87,25 @@ def new_app(
         method = running.recipe.method if running else None
         return JSONResponse({"status": "ok", "device": session.device, "running": method})
 
-    inside = _mount_page(app, session, auth, mcp)
+    inside = _in_a_loop(lambda: _mount_page(app, session, auth, mcp))
     inside.add_middleware(Sentences)
     app.add_middleware(Guard, inside=inside if auth else None)
     allowed = ["127.0.0.1", "localhost", "[::1]", "testserver"] if _is_loopback(host) else ["*"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed)
     return app
+
+
+def _in_a_loop(make: Callable[[], Any]) -> Any:
+    """make() where an event loop runs: without one Gradio opens several and never closes them."""
+
+    async def made() -> Any:
+        return make()
+
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(made())
+    return make()
 
 
 def _mount_page(app: Any, session: Session, auth: tuple[str, str] | None, mcp: bool) -> Any:
