@@ -11,7 +11,7 @@ import io
 import json
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def restored(path: str | Path, store: Store) -> Restored:
         )
         return Restored(run.recipe, run.id, said, note)
     note = read_note(_text_of(path, head, name), name)
-    _check(note.recipe, name)
+    note = replace(note, recipe=_checked(note.recipe, name))
     found = _in_store(store, note)
     if found:
         return Restored(note.recipe, found, f"The run is in the store, as {found}.", note)
@@ -93,11 +93,14 @@ def _shown(path: Path) -> str:
     return "".join(c if c.isprintable() else "?" for c in path.name)[:80] or "The file"
 
 
-def _check(recipe: Recipe, name: str) -> None:
-    """RequestError when this version knows no such method, or the recipe isn't one of it."""
+def _checked(recipe: Recipe, name: str) -> Recipe:
+    """The recipe, with the method's own seeds where it names none; RequestError when this version knows no
+    such method, or the recipe isn't one of it."""
     try:
         method = find_method(recipe.method)
+        recipe = replace(recipe, seeds=recipe.seeds or method.seeds)
         parse(method, {**recipe.inputs, **recipe.params}, list(recipe.seeds) if method.samples else None)
+        return recipe
     except RequestError as error:
         raise RequestError(f"The recipe in {name} does not fit this version of Locus: {error}") from error
 
