@@ -68,6 +68,20 @@ def test_net_shares_are_those_of_the_slow_form_in_batches_and_at_once() -> None:
     assert np.allclose(once.net_shares()[1], slow(parts, axes), atol=1e-9)
 
 
+def test_a_small_bias_tells_the_scale_as_well_as_a_large_one() -> None:
+    parts, axis = made(3)
+    found = []
+    for size in (1.0, 1e-6):
+        moments = Contributions([axis])
+        moments.add(parts | {"block.0.bias": parts["block.0.bias"] * size})
+        moments.add(
+            {k: v * 1.1 for k, v in parts.items()} | {"block.0.bias": parts["block.0.bias"] * 1.1 * size}
+        )
+        found.append(moments.net_shares()[0])
+    constant = list(parts).index("block.0.head.3")
+    assert np.abs(np.array(found)[:, constant]).max() < 1e-9
+
+
 def test_the_writer_is_above_the_line_and_decoys_are_not() -> None:
     for seed in range(5):
         parts, axis = made(seed)

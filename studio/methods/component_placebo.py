@@ -40,6 +40,7 @@ class Contributions:
         scale = np.stack([np.ones(len(x)), *scales], 1)  # (N, q)
         if not self.count:
             self._start(tuple(components), x, scale)
+        scale = scale / self.unit
         z = x.sum(1) - self.shift.sum(0)
         self.z, self.zz = self.z + z.sum(0), self.zz + np.square(z).sum()
         x = x - self.shift
@@ -58,6 +59,7 @@ class Contributions:
                 f"{MOST_NUMBERS:,} are kept; leave it out, or give fewer features."
             )
         self.labels, self.shift = labels, x.mean(0)
+        self.unit = np.maximum(scale.mean(0), 1e-30)  # so that rounding is told from a small bias
         self.z, self.zz, self.scales = np.zeros(x.shape[2]), 0.0, np.zeros((scale.shape[1],) * 2)
         self.squares = [np.zeros((len(labels),) * 2) for _ in self.bases]
         self.crosses = [np.zeros((len(labels), len(b), scale.shape[1])) for b in self.bases]
