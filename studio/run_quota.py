@@ -20,7 +20,6 @@ from studio.run_index import Summary
 from studio.run_notes import Notes
 from studio.store import Store
 
-DEFAULT = 20 * 2**30  # bytes
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 

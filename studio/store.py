@@ -31,14 +31,16 @@ from studio.types import Axis, Edit, Figure, Recipe, Result, Run, Trace
 
 EDIT_FILE = "edit.safetensors"  # in the folder of a run that made an edit
 MADE_FILE = "made.safetensors"  # in that of a run that made another file
+QUOTA = 20 * 10**9
 PARTS = ("run.json", "arrays.npz")  # what a folder holds that is a run, whole or damaged
 
 
 class Store(KeptEdits):
     """The runs below one folder. Several studios may share it: every write is a rename."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, quota: int = QUOTA) -> None:
         super().__init__(Path(root).expanduser())
+        self.quota = quota  # bytes that its runs may take before somebody is told to prune
 
     def save(self, run: Run, figure: Figure | None = None) -> Run:
         """Writes the run under a new id and returns it with that id."""

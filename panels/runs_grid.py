@@ -1,0 +1,147 @@
+"""The grid of the Runs panel: images or a number of many runs, by any two of what varies among them."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import gradio as gr
+import numpy as np
+from PIL import Image
+
+from panels import heatmap
+from panels.running import QUIET, STREAM
+from panels.runs_form import GRID, IMAGES
+from panels.runs_view import said_in
+from studio.errors import RequestError
+from studio.exports import new_folder, write_file
+from studio.figures import to_bytes
+from studio.run_grid import (
+    IMAGE,
+    Cell,
+    grid,
+    image_cells,
+    image_figure,
+    suggested,
+    value_cells,
+    value_figure,
+    value_names,
+    varying,
+)
+from studio.run_grid import Grid as Made
+from studio.run_index import Summary
+from studio.types import Figure
+
+MOST_RUNS = 500
+_NONE = ("(nothing)", "")
+
+
+class Grid:
+    """The handlers of the tab. `panel` is the Runs panel, whose list says which runs are meant."""
+
+    def __init__(self, panel: Any, out: dict[str, Any]) -> None:
+        self.panel, self.out = panel, out
+
+    def wire(self) -> None:
+        """Connects everything."""
+        out = self.out
+        chosen = [out[n] for n in ("shows", "rows", "cols", "held")]
+        drawn = [out[n] for n in ("grid_said", "grid_map", "grid_figure", "grid_export")]
+        drawn += [out[f"grid_{kind}"] for kind in ("png", "svg", "pdf")]
+        asked, shown = [*chosen, *self.panel.query], [*chosen, *drawn]
+        latest = dict(trigger_mode="always_last", **STREAM)
+        out["draw"].click(self.draw, asked, shown, **latest)
+        gr.on([c.input for c in chosen], self.draw, asked, shown, **latest)
+        often = dict(trigger_mode="multiple", **QUIET)
+        panel = self.panel
+        picked = [*panel.listing, *panel.detail, out["grid_said"]]
+        event = out["grid_map"].select(self.pick, asked, picked, **often)
+        panel.then_export(event)
+
+    def runs(self, query: tuple) -> list[Summary]:
+        """The ticked runs, else all that were found; RequestError when there is none, or too many."""
+        ticked = query[8] or []
+        runs = [r for r in self.panel.found(*query) if not ticked or r.id in ticked]
+        runs = runs or [r for r in self.panel.index.all() if r.id in ticked]
+        if not runs:
+            raise RequestError(GRID)
+        if len(runs) > MOST_RUNS:
+            raise RequestError(f"{len(runs)} runs were found; search or tick at most {MOST_RUNS} for a grid.")
+        return runs
+
+    @said_in("grid_said")
+    def draw(self, shows: str, row: str, col: str, held: str, *query: Any) -> dict[Any, Any]:
+        """Draw was pressed, or what goes where was chosen anew. What no longer varies is chosen anew."""
+        out, runs = self.out, self.runs(query)
+        made, names, chosen = self.made(runs, shows, row, col, held)
+        varies, (row, col, held) = chosen
+        figure = self.figure(runs, made, shows)
+        choices = [_NONE, *((f"{n} ({len(v)})", n) for n, v in varies.items())]
+        update = {
+            out["shows"]: gr.update(choices=[IMAGES, *names], value=shows if shows in names else IMAGES),
+            out["rows"]: gr.update(choices=choices, value=row),
+            out["cols"]: gr.update(choices=choices, value=col),
+            out["held"]: gr.update(
+                choices=varies.get(IMAGE, []), value=held, visible=bool(held) and IMAGE not in (row, col)
+            ),
+            out["grid_said"]: f"{len(runs)} run{'' if len(runs) == 1 else 's'}: {made.said}",
+        }
+        return update | self.shown(figure)
+
+    def made(
+        self, runs: list[Summary], shows: str, row: str, col: str, held: str
+    ) -> tuple[Made, list[str], tuple[dict[str, list[str]], tuple[str, str, str]]]:
+        """(the grid, names of numbers, (what varies, (down, across, which image)))."""
+        names = value_names(runs)
+        cells = value_cells(runs) if shows in names else image_cells(runs)
+        varies = varying(cells)
+        first, second = suggested(varies)
+        if not {row, col} - {""} <= set(varies) or not (row or col):
+            row, col = first, second
+        images = varies.get(IMAGE, [])
+        held = (held if held in images else images[0]) if images and IMAGE not in (row, col) else ""
+        return grid(cells, row, col, {IMAGE: held} if held else None), names, (varies, (row, col, held))
+
+    def figure(self, runs: list[Summary], made: Made, shows: str) -> Figure:
+        """The grid as a figure: of images, or of a number."""
+        if shows in value_names(runs):
+            return value_figure(made, {r.id: r.values.get(shows) for r in runs}, shows.replace("_", " "))
+        return image_figure(made, self.image)
+
+    def image(self, cell: Cell) -> np.ndarray | None:
+        """The image of a cell; None when it can't be read."""
+        try:
+            folder = self.panel.session.store.path(cell.run)
+            with Image.open(folder / "images" / f"{cell.image}.png") as opened:
+                return np.asarray(opened.convert("RGB"))
+        except (RequestError, OSError, ValueError, SyntaxError):
+            return None
+
+    def shown(self, figure: Figure) -> dict[Any, Any]:
+        """The figure on screen and as files; a number's grid can be clicked."""
+        out, folder = self.out, new_folder()
+        files = {kind: to_bytes(figure, kind) for kind in ("png", "svg", "pdf")}
+        for kind, content in files.items():
+            write_file(folder / f"grid.{kind}", content)
+        update = {
+            out[f"grid_{kind}"]: gr.DownloadButton(value=str(folder / f"grid.{kind}")) for kind in files
+        }
+        update |= {out["grid_export"]: gr.Row(visible=True)}
+        heat = figure.kind == "heat"
+        value = heatmap.as_value(figure, True) if heat else None
+        update[out["grid_map"]] = gr.update(visible=heat, **({"value": value} if heat else {}))
+        picture = None if heat else Image.open(io.BytesIO(files["png"]))
+        return update | {out["grid_figure"]: gr.update(value=picture, visible=not heat)}
+
+    @said_in("grid_said")
+    def pick(
+        self, event: gr.EventData, shows: str, row: str, col: str, held: str, *query: Any
+    ) -> dict[Any, Any]:
+        """A number was clicked: its run is chosen."""
+        made, *_ = self.made(self.runs(query), shows, row, col, held)
+        r, c = heatmap.chosen(event, len(made.rows), len(made.cols))
+        cell = made.cells[r][c]
+        if cell is None:
+            raise RequestError("No run is at this place.")
+        shown = {**self.panel.listed(*query[:7], cell.run, query[8]), **self.panel.show(cell.run)}
+        return {**shown, self.out["grid_said"]: f"The run is chosen; it stands under Run. {made.said}"}
