@@ -68,9 +68,9 @@ def as_value(session: Session, panels: Sequence[Any], runs: Sequence[Summary]) -
 def _shown(run: Summary) -> dict[str, str]:
     """A recent run: what it was asked about, by which method, when."""
     words = " · ".join(t for t in texts_of(run.inputs) if not t.startswith("/")) or run.method
-    title = words if len(words) <= 48 else words[:47] + "…"
+    title = f"{run.method}: {words if len(words) <= 32 else words[:31] + '…'}"
     try:
         when = f"{datetime.fromisoformat(run.started):%d %b %H:%M} UTC"
     except ValueError:
         when = ""
-    return {"id": run.id, "title": title, "about": ", ".join(filter(None, (run.method, run.model, when)))}
+    return {"id": run.id, "title": title, "about": ", ".join(filter(None, (words[:300], run.model, when)))}

@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from panels import bars, heatmap, widgets
+from panels import bars, heatmap, prompt_file, widgets
 from panels.edit_stack import Entry, Stack
 from panels.edit_view import Pictures
 from panels.localize_view import (
@@ -75,16 +75,20 @@ def build(session: Session) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             form = _form()
+            prompts = prompt_file.build("localize")
         with gr.Column(scale=5, min_width=320):
             out = _outputs()
-    _Panel("localize", session, form, out).wire()
+    panel = _Panel("localize", session, form, out)
+    panel.wire()
+    prompt_file.PromptFile(panel, prompts).wire()
 
 
 def _form() -> dict[str, Any]:
     known = widgets.knobs([find_method(n) for n in METHODS])
     mine = widgets.knobs([find_method("localize")])
     where = (
-        "Layers: LocoGen's windows. Weights: component attribution (CAD). Neurons: units of keys and values."
+        "Layers: LocoGen's windows. Weights: component attribution (CAD). Neurons: units of keys and values. "
+        "Passport: whether the layers that LocoGen finds are those where an edit works."
     )
     form: dict[str, Any] = {
         "method": gr.Radio(
@@ -96,14 +100,14 @@ def _form() -> dict[str, Any]:
         )
     }
 
-    def add(name: str, value: Any = None) -> None:
-        form[name] = widgets.widget("localize", name, *known[name], value, visible=name in mine)
+    def add(name: str, value: Any = None, **look: Any) -> None:
+        form[name] = widgets.widget("localize", name, *known[name], value, visible=name in mine, **look)
 
     for name, example in _MAIN.items():
         add(name, example)
     form["seeds"] = widgets.seeds("localize", "0,1")
     for name in _SHOWN:
-        add(name)
+        add(name, **({"placeholder": "none"} if name == "top" else {}))
     form |= widgets.run_buttons("localize")
     with gr.Accordion("Sampling and scoring", open=False):
         form["model"] = widgets.model_choice("localize", "diffusion", "atlas-sd")
@@ -283,9 +287,10 @@ class _Panel(Running):
                 pair = self.pictures.pair(*look, Stack((entry,), 0), user)
                 images = dict(zip(COMPARED["attribute"], pair, strict=True))
         hidden = {n: None for n in PICTURES if n not in images}
+        several = len(seeds) > 1 and any(picture is not None for picture in images.values())
         return {
             out["text"]: text,
-            out["seed"]: gr.update(choices=seeds, value=seed, visible=len(seeds) > 1),
+            out["seed"]: gr.update(choices=seeds, value=seed, visible=several),
             out["ratio"]: gr.update(visible=ranked),
             **widgets.shown_pictures(out, {**hidden, **images}, COMPARED[recipe.method]),
         }

@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from panels import bars, heatmap, retrieval_form, retrieval_view, token_strip, widgets
+from panels import bars, heatmap, prompt_file, retrieval_form, retrieval_view, token_strip, widgets
 from panels.retrieval_form import HINT, METHODS, TEXTS
 from panels.retrieval_view import ASK
 from panels.running import QUIET, STREAM, Running
@@ -35,9 +35,12 @@ def build(session: Session) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             form = retrieval_form.form()
+            prompts = prompt_file.build("retrieval")
         with gr.Column(scale=5, min_width=320):
             out = retrieval_form.outputs()
-    _Panel("retrieval", session, form, out).wire()
+    panel = _Panel("retrieval", session, form, out)
+    panel.wire()
+    prompt_file.PromptFile(panel, prompts).wire()
 
 
 class _Panel(Running):

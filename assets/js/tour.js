@@ -15,11 +15,12 @@
   function place() {
     document.querySelectorAll('.tour-target').forEach(e => e.classList.remove('tour-target'));
     const target = shownOf(STOPS[at][0]);
-    card.style.top = card.style.left = '';
+    const narrow = window.innerWidth < 700;  // there the card stays at the bottom
+    Object.assign(card.style, narrow ? {top: 'auto', left: '8px', right: '8px', bottom: '8px', width: 'auto'} : {top: '', left: '', right: '', bottom: '', width: ''});
     if (!target) return;
     target.classList.add('tour-target');
-    target.scrollIntoView({block: 'center'});
-    if (window.innerWidth < 700) return;  // there the card stays at the bottom
+    target.scrollIntoView({block: narrow ? 'start' : 'center'});
+    if (narrow) return;
     const b = target.getBoundingClientRect(), w = card.offsetWidth, h = card.offsetHeight;
     const under = b.bottom + 10 + h < window.innerHeight, over = b.top - 10 - h > 0;
     card.style.top = Math.max(8, under ? b.bottom + 10 : over ? b.top - 10 - h : window.innerHeight - h - 12) + 'px';
