@@ -1,9 +1,10 @@
 """Many people on one backend: `python -m tests.load --clients 32 --minutes 5`.
 
 A studio in a process of its own; clients over HTTP that generate, lay edits over, trace, knock out, stop and
-reload, each with choices of its own, in two batches of equal length after a short one. Written as JSON: results that were not
-what was asked for or not those of everybody else's same question, runs that the store lost, how turns were
-shared, the weights before and after, the memory after each batch, and how long /healthz took throughout.
+reload, each with choices of its own, in two batches of equal length after a short one. Written as JSON:
+results that were not what was asked for or not those of everybody else's same question, runs that the store
+lost, how turns were shared, the weights before and after, the memory after each batch, how long /healthz took
+throughout, and what the server's log says of bugs.
 """
 
 from __future__ import annotations
