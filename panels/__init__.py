@@ -8,20 +8,18 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by gradio at import: no
 
 import gradio as gr
 
-from panels import api, decompose, edit, localize, retrieval, trace
+from panels import api, decompose, edit, home, localize, models, retrieval, runs, trace
 from panels.gate import Page
 from studio.session import Session
 
-PANELS = (trace, localize, edit, decompose, retrieval)
+PANELS = (trace, localize, edit, decompose, retrieval, runs, models)
 
 
 def build(session: Session) -> gr.Blocks:
     """The whole page."""
     with Page(title="Locus", analytics_enabled=False, delete_cache=(600, 3600), fill_width=True) as page:
-        gr.HTML(
-            "<header class='brand'><b>Locus</b> <span>where a model keeps what it knows</span></header>",
-            padding=False,
-        )
+        session.hub.asks = True  # in the browser a download is agreed to first
+        home.build(session, PANELS)
         with gr.Tabs(elem_id="panels"):
             for panel in PANELS:
                 with gr.Tab(panel.TITLE, id=panel.TITLE.lower(), elem_id=f"tab-{panel.TITLE.lower()}"):
