@@ -77,7 +77,9 @@ def sentence(recipe: Recipe, result: Result, col: int) -> str:
         n = int(counts.values[counts.axes[0].labels.index(name)])
         role = "carries" if value > 0 else "suppresses"
         goal = "the concept" if recipe.params["objective"] == "erase" else "what amplifying would remove"
-        return f"{name}, {n} weights: {number(value)}{spread} {figure.data['unit']}; it {role} {goal}."
+        unsure = ", though that is within two standard errors of nothing" if abs(value) <= 2 * error else ""
+        unit = figure.data["unit"]
+        return f"{name}, {n} weights: {number(value)}{spread} {unit}; it {role} {goal}{unsure}."
     top = recipe.params["top"]
     edit = f"The images and the edit are of the {top} largest units together." if top else UNITS
     return f"Unit {figure.data['labels'][col]}: {number(value)} {figure.data['unit']}. {edit}"

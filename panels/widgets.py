@@ -49,7 +49,7 @@ def widget(
     if kind is bool:
         return gr.Checkbox(value=bool(value), **common)
     if kind in (int, float) and value is None:  # an empty Number would come back as its minimum
-        return gr.Textbox(value="", placeholder="default", max_length=40, **common)
+        return gr.Textbox(value="", max_length=40, **{"placeholder": "default", **common})
     if kind in (int, float):
         whole = 0 if kind is int else None
         return gr.Number(value=value, precision=whole, **common)  # the registry refuses what is out of range

@@ -8,7 +8,8 @@ from typing import Any
 
 _OPTION = re.compile(r"--(?P<name>[a-z][a-z0-9]*(?:[-_][a-z0-9]+)*)(?P<empty> \"\")?")
 _COMMAND = re.compile(r"(`[^`]*`)")  # a whole command for a terminal stays one
-_PLACES = {"`locus models`": "the Models tab"}
+_PLACES = {"`locus models`": "the Models tab", ", or insist with --force": ""}
+_STARTS = ("device", "dtype", "threads", "batch", "models", "runs")  # said when the studio is started
 
 
 def label_of(name: str) -> str:
@@ -17,7 +18,8 @@ def label_of(name: str) -> str:
 
 
 def in_words(text: str) -> str:
-    """A sentence of a method as the page says it: each option by the label of its field, in quotes."""
+    """A sentence of a method as the page says it: each option by the label of its field, in quotes; one that
+    is said when the studio starts by its command."""
     for command, place in _PLACES.items():
         text = text.replace(command, place)
     parts = _COMMAND.split(text)
@@ -26,6 +28,8 @@ def in_words(text: str) -> str:
 
 def _field(found: re.Match) -> str:
     name, plain = found["name"], found["name"].removeprefix("no-")
+    if name in _STARTS:
+        return f"`locus serve --{name}`"
     said = f"“{label_of(plain)}”" + (" unticked" if plain != name else "")
     return said + (" left empty" if found["empty"] else "")
 

@@ -140,9 +140,9 @@ def run_method(method: Method, argv: list[str]) -> int:
         tuple(str(Path(e).expanduser().absolute()) for e in given.get("edit", ())),
     )
     with contextlib.closing(new_session(given)) as session:
-        if method.complete:
-            _say_taken(method, asked, session.checked(recipe))
         run = session.run(recipe, progress_bar(), out=out, force=given["force"])
+        if method.complete:
+            _say_taken(method, asked, run.recipe)
         for warning in run.result.values.get("warnings", []):
             print(f"locus: warning: {warning}", file=sys.stderr)
         where = out or session.store.root / run.id

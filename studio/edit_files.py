@@ -57,7 +57,8 @@ def read_edit(path: str | Path) -> Edit:
         params = json.loads(note.get("locus.params", "{}"))
     except ValueError as error:
         raise foreign from error
-    if not isinstance(concepts, list) or not isinstance(params, dict) or not isinstance(replacements, list):
+    texts = all(isinstance(x, list) and all(isinstance(t, str) for t in x) for x in (concepts, replacements))
+    if not texts or not isinstance(params, dict):
         raise foreign
     _check_finite(path, deltas)
     method = note.get("locus.method", "")

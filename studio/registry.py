@@ -222,7 +222,7 @@ def _coerce(method: Method, cls: type, knob_: Any, value: Any) -> Any:
     if value is None or (value == "" and kind is not str):
         if knob_.default is not MISSING:
             return knob_.default
-        raise RequestError(f"{option} is missing: {knob_.metadata['help']}")
+        raise RequestError(f"{option} is missing: {knob_.metadata['help']}.")
     if kind is bool:
         if not isinstance(value, bool):
             raise RequestError(f"{option} must be true or false, not {str(value)[:60]!r}.")
@@ -263,7 +263,7 @@ def _text(option: str, knob_: Any, value: Any, *, required: bool) -> str:
     if any("\ud800" <= c <= "\udfff" for c in value):
         raise RequestError(f"{option} holds bytes that are no text; write it in UTF-8.")
     if required and not value.strip():
-        raise RequestError(f"{option} is empty: {knob_.metadata['help']}")
+        raise RequestError(f"{option} is empty: {knob_.metadata['help']}.")
     if knob_.metadata["choices"]:
         _one_of(option, value, knob_.metadata["choices"])
     return value
@@ -282,7 +282,7 @@ def _texts(option: str, knob_: Any, value: Any, *, pairs: bool) -> tuple:
         parts = [p.strip() for part in parts for p in part.split(",") if p.strip()]
     out = tuple(_text(option, knob_, p, required=knob_.default is MISSING) for p in parts)
     if not out:
-        raise RequestError(f"{option} is empty: {knob_.metadata['help']}")
+        raise RequestError(f"{option} is empty: {knob_.metadata['help']}.")
     return out
 
 

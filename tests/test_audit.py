@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,22 @@ def test_strength_nought_is_the_model_itself_and_one_is_the_edit(session: Any, t
     assert figure.kind == "curve" and figure.data["series"][0]["labels"] == ["0", "1", "2"]
     assert method.draw(twice).kind == "bars" and len(method.draw(twice).data["values"]) == 6
     assert weights_hash(session.model(str(layouts.saved("sd1")), "diffusion")) == before
+
+
+def test_where_nothing_can_be_told_of_strengths_a_bar_a_prompt_is_drawn(session: Any, tmp_path: Path) -> None:
+    """No plot is empty: without neighbours there is no leak, and without a total no share."""
+    file = edit_of(layouts.model("sd1"), tmp_path / "e.safetensors", KEY)
+    run = audited(session, file, strengths="0.5", seeds=(0,), paraphrases=["a photo of {}"])
+    assert method.draw(run).kind == "curve"
+    blank = {
+        n: replace(t, values=np.full_like(t.values, np.nan))
+        for n, t in run.result.arrays.items()
+        if n in ("efficacy", "leak")
+    }
+    for lost in ("efficacy", "leak"):
+        arrays = {**run.result.arrays, lost: blank[lost]}
+        figure = method.draw(replace(run, result=replace(run.result, arrays=arrays)))
+        assert figure.kind == "bars" and np.isfinite(figure.data["values"]).all()
 
 
 def test_images_after_are_those_of_generate(session: Any, tmp_path: Path) -> None:

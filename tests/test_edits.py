@@ -241,6 +241,8 @@ def test_files_cut_short(model: Any, tmp_path: Path, keep: int) -> None:
         ("vae.decoder.weight", {"base_fingerprint": "f"}),
         (KEY, {"base_fingerprint": "f", "concepts": "not json"}),
         (KEY, {"base_fingerprint": "f", "concepts": "3"}),
+        (KEY, {"base_fingerprint": "f", "concepts": "[3, null]"}),
+        (KEY, {"base_fingerprint": "f", "replacements": "[[]]"}),
         (KEY, {"base_fingerprint": "f", "params": "[1"}),
         (KEY, {"base_fingerprint": "f", "params": "[]"}),
     ],

@@ -20,7 +20,9 @@ METHODS = sorted(load_methods())
 OF_TERMINALS = ("--", "repeat the option", "give it again", "a file", "command line")
 SAID = {
     "--window 3 is more than the 2 layers.": "“Window” 3 is more than the 2 layers.",
-    "take --dtype float32, or --second-scorer.": "take “Dtype” float32, or “Second scorer”.",
+    "take --steps 3, or --second-scorer.": "take “Steps” 3, or “Second scorer”.",
+    "take --dtype float32.": "take `locus serve --dtype` float32.",
+    "use it with its own model, or insist with --force.": "use it with its own model.",
     "leave it out with --no-hint.": "leave it out with “Hint” unticked.",
     '--replacement "" erases it': "“Replacement” left empty erases it",
     "`locus export-edit FILE --full DIR` writes it; see --layers":

@@ -22,7 +22,7 @@ function draw() {
   const s = svg('svg', {width: W, height: H, viewBox: `0 0 ${W} ${H}`, role: 'presentation'});
   for (const v of [lo, 0, hi]) {
     if (v !== 0 && Math.abs(v) < 0.04 * span) continue;
-    s.append(svg('text', {x: left - 6, y: y(v) + 4, 'text-anchor': 'end'}, v.toPrecision(2).replace(/^-?0\.0$/, '0')));
+    s.append(svg('text', {x: left - 6, y: y(v) + 4, 'text-anchor': 'end'}, (Math.abs(v) >= 100 ? v.toFixed(0) : v.toPrecision(2)).replace(/^-?0\.0$/, '0')));
     s.append(svg('line', {x1: left, x2: left + N * w, y1: y(v), y2: y(v), class: v === 0 ? 'axis' : 'rule'}));
   }
   for (let i = 0; i < N; i++) {

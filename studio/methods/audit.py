@@ -130,8 +130,12 @@ def draw(run: Run) -> Figure:
     them, else a bar a prompt."""
     arrays, values, inputs = run.result.arrays, run.result.values, run.recipe.inputs
     title = f"{run.recipe.model}: audit of the edit of “{inputs['concept']}”"
-    shares = np.concatenate([arrays[n].values for n in ("efficacy", "second_efficacy") if n in arrays])
-    if len(arrays["efficacy"].values) > 1 and np.isfinite(shares).any():
+    known = [
+        arrays[f"{p}efficacy"].values + arrays[f"{p}leak"].values
+        for p in ("", "second_")
+        if f"{p}efficacy" in arrays
+    ]
+    if any(len(k) > 1 and np.isfinite(k).any() for k in known):
         return Figure("curve", frontier(arrays), title=title, caption=values["verdict"])
     change, groups = arrays["score_change"], values["concept_prompts"]
     means = [("mean of the concept", change.values[:groups].mean())]

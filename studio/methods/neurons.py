@@ -55,7 +55,10 @@ class Params(SamplingParams, ScoreParams):
         advanced=True,
     )
     top: int | None = knob(
-        None, "make an edit: so many units, the largest |z| first, are set to their neutral mean", low=1
+        None,
+        "make an edit: so many units, the largest |z| first, are set to their neutral mean; default none, "
+        "units are only measured",
+        low=1,
     )
 
     @property
