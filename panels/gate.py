@@ -4,15 +4,18 @@ uploaded and never addresses to fetch, and one sentence for every error."""
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from gradio_client.utils import is_file_obj_with_meta, traverse
+from gradio.utils import get_upload_folder
+from gradio_client.utils import is_file_obj, is_file_obj_with_meta, traverse
 
 from panels import widgets
 
 _log = logging.getLogger("locus")
 AT_ONCE = 256  # handlers that may be under way; each page and each call that waits for its run is one
+MOST_SAID = 600  # characters of a refusal, which may repeat what was sent
 _UNREADABLE = (
     "A value of this request is not what its field takes; reload the page, or look at the documentation of "
     "the API."
@@ -32,7 +35,9 @@ class Page(gr.Blocks):
         if len(inputs) != wanted:
             name = f"/{block_fn.api_name}" if block_fn.api_visibility == "public" else "This"
             raise _error(f"{name} takes {wanted} values, one for each parameter, and {len(inputs)} came.")
-        traverse(inputs, _only_uploaded, is_file_obj_with_meta)
+        for block, value in zip(block_fn.inputs, inputs, strict=True):
+            named = is_file_obj if getattr(block, "data_model", None) else is_file_obj_with_meta
+            traverse(value, _only_uploaded, named)
 
     async def preprocess_data(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The values as the handler takes them. Raises gr.Error."""
@@ -40,6 +45,7 @@ class Page(gr.Blocks):
             return await super().preprocess_data(*args, **kwargs)
         except gr.Error as error:
             error.print_exception = False  # the request is wrong, not the studio
+            error.message = str(error.message)[:MOST_SAID]
             raise
         except Exception as error:
             _log.info("a request could not be read: %s", " ".join(str(error).split())[:300])
@@ -47,6 +53,9 @@ class Page(gr.Blocks):
 
     async def process_api(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Runs one handler. Raises gr.Error, whatever goes wrong inside."""
+        asked = kwargs["block_fn"] if "block_fn" in kwargs else args[0]
+        if not isinstance(asked, int) and asked.fn is None:
+            raise _error("The page does this by itself; there is nothing to ask the studio.")
         try:
             return await super().process_api(*args, **kwargs)
         except (gr.Error, StopAsyncIteration):
@@ -56,8 +65,18 @@ class Page(gr.Blocks):
 
 
 def _only_uploaded(file: dict[str, Any]) -> dict[str, Any]:
-    if "://" in str(file.get("path")):
-        raise _error("Files are uploaded, not fetched from an address; upload the file itself.")
+    """The file, if it lies where uploads do. Gradio itself looks at that only in an app that it serves alone,
+    not in one that is mounted."""
+    folder = Path(get_upload_folder()).resolve()
+    try:
+        inside = folder in Path(file["path"]).resolve().parents
+    except (OSError, ValueError):  # a name that is too long, or holds a null byte
+        inside = False
+    if not inside:
+        raise _error(
+            "A file of this request was not uploaded; paths of the studio's machine and addresses are not "
+            "read."
+        )
     return file
 
 

@@ -19,7 +19,7 @@ BODY_LIMIT = 32 * 2**20
 UPLOAD_LIMIT = 2 * 2**30  # an edit file of all cross-attention layers of SDXL
 _CLOSED = re.compile(
     r"/(gradio_api/)?(undo-)?(vibe-|run-history|runs\b|process_recording|monitoring|profiling|dev/|deep_link"
-    r"|proxy=|custom_component|file[=/]+\s*[a-z]+:)",
+    r"|proxy=|custom_component|component_server|file[=/]+\s*[a-z]+:)",
     re.IGNORECASE,
 )
 _OPEN = frozenset(
@@ -86,7 +86,10 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message).update(HEADERS)
+                answered = MutableHeaders(scope=message)
+                answered.update(HEADERS)
+                if not _same_site(request):
+                    del answered["access-control-allow-origin"]
             await send(message)
 
         refusal = self._refused(request)
@@ -105,8 +108,7 @@ class Guard:
         most = UPLOAD_LIMIT if path == "/gradio_api/upload" else BODY_LIMIT
         if request.method in ("POST", "PUT", "PATCH") and (not length.isdecimal() or int(length) > most):
             return _said("The request is larger than this studio takes.", 413)
-        origin, reads = headers.get("origin"), request.method in ("GET", "HEAD", "OPTIONS")
-        if origin and not reads and origin.split("//")[-1] != headers.get("host"):
+        if request.method not in ("GET", "HEAD", "OPTIONS") and not _same_site(request):
             return _said("Requests from other sites are refused.", 403)
         if self._inside is not None and not self._may(request, path):
             return _said("Log in first.", 401)
@@ -172,6 +174,12 @@ def _first(error: Exception) -> str:
 
 def _is_login(request: Request) -> bool:
     return request.scope["path"].rstrip("/") == "/login"
+
+
+def _same_site(request: Request) -> bool:
+    """Whether a request comes from this studio's own page, or from no page at all."""
+    origin = request.headers.get("origin")
+    return not origin or origin.split("//")[-1] == request.headers.get("host")
 
 
 def _address(request: Request) -> str:

@@ -138,6 +138,7 @@ def _mount_page(app: Any, session: Session, auth: tuple[str, str] | None, mcp: b
         favicon_path=str(ASSETS / "logo.svg"),
         allowed_paths=[],
         mcp_server=mcp,
+        app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
     )
     if mcp:
         api_mcp.prepare(page.mcp_server_obj, page.mcp_error)
