@@ -11,7 +11,7 @@ from typing import Any
 
 import gradio as gr
 
-from panels import reopening, widgets
+from panels import reopening, widgets, words
 from studio.errors import RequestError
 from studio.jobs import Job
 from studio.session import Session
@@ -186,7 +186,7 @@ class Running(ABC):
         """Updates that show a kept run's results, and say what it was."""
         out, opened = self.out, reopening.Opened(run.recipe, run)
         said = f"Opened the run of {run.started[:16].replace('T', ' ')} UTC, {run.status}."
-        said += "".join(f" Note: {w}" for w in run.result.values.get("warnings") or ())
+        said += "".join(f" Note: {words.in_words(str(w))}" for w in run.result.values.get("warnings") or ())
         if run.recipe.edits and not self.LAYS_EDITS:
             said += f" It was made under edits ({len(run.recipe.edits)}), which Run does not lay over here."
         update = {self.state: {"run": run.id}, self.cell: None, **self.cleared()}

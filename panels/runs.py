@@ -26,6 +26,7 @@ NEEDS = ""
 QUESTION = "What was run, what came of it, and how do two runs differ?"
 PAGE = 20  # runs on a page of the list
 FILTERS = ("words", "methods", "models", "since", "until", "starred")
+TYPED = ("words", "since", "until")
 
 
 def build(session: Session) -> None:
@@ -66,7 +67,14 @@ class _Panel:
         if isinstance(tab, gr.Tab):
             tab.select(self.refresh, self.query, self.listing, **latest)
         form["refresh"].click(self.refresh, self.query, self.listing, **latest)
-        gr.on([form[n].input for n in FILTERS], self.searched, self.query, self.listing, **latest)
+        typed = [form[n].change for n in TYPED]  # `input` of a text field is not told of what is pasted
+        gr.on(
+            [*typed, *(form[n].input for n in FILTERS if n not in TYPED)],
+            self.searched,
+            self.query,
+            self.listing,
+            **latest,
+        )
         form["newer"].click(self.newer, self.query, self.listing, **often)
         form["older"].click(self.older, self.query, self.listing, **often)
         picked = form["list"].select(self.act, self.query, everything, **often)

@@ -43,7 +43,7 @@ def form() -> dict[str, Any]:
         found["older"] = gr.Button("Older →", interactive=False, elem_id="runs-older", **small)
         found["refresh"] = gr.Button("Refresh", elem_id="runs-refresh", **small)
     found["drop"] = gr.File(
-        label="Drop an exported figure, run or recipe here", height=110, elem_id="runs-drop"
+        label="Drop an exported figure, run or recipe here", height=130, elem_id="runs-drop"
     )
     return found
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 from panels import decompose_form, edit_reopen, localize, reopening, retrieval_form, trace, widgets
 from panels.drawn import Drawn
+from panels.words import in_words
 from studio.registry import find_method
 from studio.run_difference import as_text
 from studio.run_index import Summary
@@ -76,7 +77,7 @@ def headline(run: Run) -> str:
     found = [str(run.result.values[n]) for n in ("verdict", "finding") if run.result.values.get(n)]
     said += f"\n{found[0]}" if found else ""
     said += f"\n{run.error}" if run.error else ""
-    return said + "".join(f"\nNote: {w}" for w in run.result.values.get("warnings") or ())
+    return said + "".join(f"\nNote: {in_words(str(w))}" for w in run.result.values.get("warnings") or ())
 
 
 def find_title(name: str) -> str:

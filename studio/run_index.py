@@ -45,7 +45,7 @@ class Summary:
     @property
     def title(self) -> str:
         """What the run was asked about, in a line."""
-        return " · ".join(texts_of(self.inputs)) or self.fault or self.method
+        return " · ".join(_named(t) for t in texts_of(self.inputs)) or self.fault or self.method
 
 
 def texts_of(value: Any) -> list[str]:
@@ -57,6 +57,11 @@ def texts_of(value: Any) -> list[str]:
     if isinstance(value, Iterable):
         return [text for part in value for text in texts_of(part)]
     return []
+
+
+def _named(text: str) -> str:
+    """A text as a title has it: of a path only its end."""
+    return text.rstrip("/").rsplit("/", 1)[-1] if text.startswith("/") else text
 
 
 class RunIndex:
