@@ -13,7 +13,9 @@ from studio.exports import new_folder
 from studio.run_export import LEAST_DPI, MORE, MOST_DPI, QUICK, export, read_dpi
 
 TITLES = {"tex": "LaTeX table", "bib": "BibTeX", "ipynb": "Notebook", "json": "Recipe"}
-_QUIET = dict(queue=False, show_progress="hidden", api_visibility="private")
+_QUEUED = dict(
+    concurrency_limit=None, show_progress="hidden", api_visibility="private"
+)  # a fault is a notice
 
 
 def export_buttons(panel: str) -> dict[str, Any]:
@@ -32,7 +34,7 @@ def export_buttons(panel: str) -> dict[str, Any]:
                     out[kind] = gr.DownloadButton(
                         TITLES[kind], interactive=False, elem_id=f"{panel}-export-{kind}", **look
                     )
-            with gr.Row(equal_height=True):
+            with gr.Row():
                 dots = gr.Number(
                     300,
                     precision=0,
@@ -46,9 +48,9 @@ def export_buttons(panel: str) -> dict[str, Any]:
                 )
     out["more"] = more
     rarer = [out[kind] for kind in (*MORE, "large")]
-    more.expand(_rarer, [out["run"], dots], rarer, **_QUIET)
-    dots.submit(_large, [out["run"], dots], out["large"], **_QUIET)
-    dots.blur(_large, [out["run"], dots], out["large"], **_QUIET)
+    more.expand(_rarer, [out["run"], dots], rarer, **_QUEUED)
+    dots.submit(_large, [out["run"], dots], out["large"], **_QUEUED)
+    dots.blur(_large, [out["run"], dots], out["large"], **_QUEUED)
     return out
 
 

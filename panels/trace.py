@@ -12,7 +12,9 @@ from panels import heatmap, widgets
 from panels.running import QUIET, STREAM, Running
 from panels.trace_view import ASK, PICTURES, detail, drawn, figure_of, headline
 from panels.trace_words import WordMaps
+from studio.figures import scaled
 from studio.jobs import Job
+from studio.palette import read_scale
 from studio.registry import Method, find_method, parse_seeds
 from studio.session import Session
 from studio.types import Recipe, Result
@@ -95,6 +97,13 @@ def _outputs() -> dict[str, Any]:
     with gr.Tabs():
         with gr.Tab("Map", id="map"), gr.Column(min_width=320):
             out["figure"] = heatmap.HeatMap(HINT, elem_id="trace-figure")
+            out["scale"] = gr.Textbox(
+                label="Colour scale",
+                placeholder="the map's own; low, high (such as -0.1, 0.5): the same in several runs",
+                max_length=60,
+                max_lines=1,
+                elem_id="trace-scale",
+            )
             out["strip"] = gr.Gallery(
                 visible=False, columns=7, height="auto", label="Layer by layer", elem_id="trace-strip"
             )
@@ -123,7 +132,13 @@ class _Panel(Running):
     def wire(self) -> None:
         """Connects buttons, fields, the map, loading and leaving."""
         form, out = self.form, self.out
-        self.wire_run(form["prompt"].submit, form["subject"].submit)
+        ended = self.wire_run(form["prompt"].submit, form["subject"].submit)
+        asked, files = [self.state, out["scale"], out["export"]["run"]], out["export"].values()
+        shown = [out["status"], out["figure"], *files]
+        for event in (*(e.then for e in ended), self.reopened.then):
+            event(self.scale_again, asked, shown, **QUIET)
+        for event in (out["scale"].submit, out["scale"].blur):
+            event(self.rescale, asked, shown, **QUIET)
         form["method"].change(self.switch, form["method"], [form[n] for n in self.switched], **QUIET)
         picked, often = [self.state, out["seed"]], dict(trigger_mode="multiple", **QUIET)
         shown = [c for c in self.fields if c is not out["word_map"]]
@@ -151,6 +166,32 @@ class _Panel(Running):
         figure = figure_of(recipe, result)
         cell = heatmap.chosen(event, *np.shape(figure.data["values"]))
         return {self.cell: cell, **detail(recipe, result, figure, cell, seed, self.out)}
+
+    def rescale(self, kept: dict | None, text: str | None, offered: dict | None) -> dict:
+        """A colour scale was typed; the status line says what the colours are."""
+        update, out = self.scale_again(kept, text, offered), self.out
+        if len(update) > 1:
+            ends = read_scale(text or "")
+            told = (
+                f"Colours run from {ends[0]:g} to {ends[1]:g}" if ends else "Colours have the map's own scale"
+            )
+            update[out["status"]] = f"{told}, here and in the files."
+        return update
+
+    def scale_again(self, kept: dict | None, text: str | None, offered: dict | None) -> dict:
+        """The colours of the map and of the files run from low to high, where they don't yet."""
+        try:
+            scale = read_scale(text or "")
+            if not kept or not kept.get("run") or not offered or offered["scale"] == scale:
+                return {self.out["status"]: gr.skip()}
+            recipe, result = self.measured(kept)
+            figure = figure_of(recipe, result)
+            if figure.kind != "heat":
+                return {self.out["status"]: gr.skip()}
+            files = widgets.exported(self.session.store.path(kept["run"]), self.out["export"], scale)
+            return {self.out["figure"]: heatmap.as_value(scaled(figure, scale), True), **files}
+        except Exception as error:
+            return {self.out["status"]: widgets.spoken(error)}
 
     def other_seed(self, kept: dict | None, seed: str | None, cell: tuple[int, int] | None) -> dict:
         """Another seed's images of the same cell."""
