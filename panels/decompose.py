@@ -69,9 +69,8 @@ class _Panel(Running):
         tab = gr.context.Context.block
         if isinstance(tab, gr.Tab):
             tab.select(self.warm, form["model"], None, **STREAM)
-        form["method"].change(
-            self.switch, form["method"], [form[n] for n in (*self.switched, "granularity")], **QUIET
-        )
+        switched = [form[n] for n in (*self.switched, "granularity", "options")]
+        form["method"].change(self.switch, form["method"], switched, **QUIET)
         often = dict(trigger_mode="multiple", **QUIET)
         seen = [out[n] for n in ("figure", "texts", "answers", "table", "detail", "each", "extremes")]
         place = [self.state, out["text"], out["shown"], self.cell]
@@ -127,14 +126,15 @@ class _Panel(Running):
         moved.then(None, None, None, js=PRESS)
 
     def switch(self, name: str) -> list[Any]:
-        """Another view was chosen: its own knobs show."""
+        """Another view was chosen: its own knobs show, and options open where they say what is asked."""
         chosen = find_method(name)
         mine = {
             widgets.own(n, chosen) if widgets.own(n, chosen) in self.form else n
             for n in widgets.knobs([chosen])
         }
         mine |= set(decompose_find.FIELDS if name == decompose_find.METHOD else ())
-        return [gr.update(visible=knob in mine) for knob in (*self.switched, "granularity")]
+        shown = [gr.update(visible=knob in mine) for knob in (*self.switched, "granularity")]
+        return [*shown, gr.update() if name == "decompose" else gr.update(open=True)]
 
     def stop(self, request: gr.Request, kept: dict | None) -> str:
         """Stop was pressed: the run, and what runs beside it."""
@@ -342,6 +342,7 @@ class _Panel(Running):
             "rows",
             "each",
             "where",
+            "spread",
             "extremes",
             "before",
             "groups",

@@ -25,12 +25,14 @@ PROPERTY = "property"  # its name where several texts describe it
 
 def fields() -> dict[str, Any]:
     """What orders the images, hidden until the view is chosen."""
-    look = dict(visible=False)
+    look, text = dict(visible=False), widgets.own("text", find_method(METHOD))
+    said = "The images come in the order of what the chosen components add for it."
     return {
+        text: gr.Textbox(label="Text", info=said, max_length=20_000, elem_id=f"decompose-{text}", **look),
         "by": gr.Radio(BY, value="text", label="Order by", elem_id="decompose-find-by", **look),
         "like": gr.Textbox(
             label="Reference image",
-            info="Click an image above; the others come in the order of their likeness to it.",
+            info="For likeness: click an image above.",
             max_length=300,
             elem_id="decompose-like",
             **look,

@@ -50,8 +50,9 @@ def form() -> dict[str, Any]:
     found["texts"] = gr.Textbox(
         "\n".join(TRIES["Things"]), label="Texts", elem_id="decompose-texts", max_length=400_000, **said
     )
+    found |= decompose_find.fields()
     found |= widgets.run_buttons("decompose")
-    with gr.Accordion("Options", open=False):
+    with gr.Accordion("Options", open=False) as found["options"]:
         found["model"] = widgets.model_choice("decompose", ("clip", "vision"), "atlas-clip")
         found["beside"] = widgets.model_choice(
             "decompose", ("clip", "vision"), None, label="Beside it", elem_id="decompose-beside-model"
@@ -69,7 +70,7 @@ def form() -> dict[str, Any]:
 
 def _options(methods: list[Any], already: dict[str, Any]) -> dict[str, Any]:
     """Inputs of all other knobs."""
-    found: dict[str, Any] = decompose_find.fields()
+    found: dict[str, Any] = {}
     for chosen in methods:
         for name, (f, kind) in widgets.knobs([chosen]).items():
             shown = chosen.name == "decompose"
@@ -234,8 +235,8 @@ def _find() -> dict[str, Any]:
         label="Order the images through the chosen components",
         elem_id="decompose-by",
     )
-    out["order-said"] = widgets.line(
-        "Choose components: click some in the map.", "decompose-order-said", most=4
-    )
+    out |= decompose_find.outputs()
+    said = "Choose components: click some in the map. Or name a property."
+    out["order-said"] = widgets.line(said, "decompose-order-said", most=4)
     out["order"] = _gallery("From high to low", "order")
-    return out | decompose_find.outputs()
+    return out

@@ -272,7 +272,8 @@ class _Retrieve:
         self._stream()
         if not self.kept:
             raise RequestError(f"None of the {len(self.files)} images can be read. {self.fault}")
-        if left := len(self.files) - len(self.kept):
+        left = len(self.files) - len(self.kept)
+        if left and not self.ranks:  # the ranking has said so already
             self.report.warn(f"{left} of {len(self.files)} files are left out. {self.fault}")
         score, whole = self._scores()
         names = labels(self.kept)
