@@ -297,11 +297,16 @@ def test_what_an_edit_misses_is_said_with_its_reason() -> None:
     warn_of_size(1, values | {"keys": 4}, report)
     warn_of_size(1, values | {"values_missed": None}, report)
     warn_of_size(1, values | {"values_missed": 0.09}, report)
+    warn_of_size(2, values | {"relative_size": 3.0}, report)
     assert said == [
         "The edit of 100 concepts misses 25 % of the change that was asked for: 400 tokens are to change, "
         "and a token has 128 numbers; take fewer concepts at once, or lower --regularization.",
         "The edit of 1 concept misses 25 % of the change that was asked for; take fewer concepts at once, or "
         "lower --regularization.",
+        "The change is 3 times as large as the weights that it changes, so images of other things may suffer "
+        "too; audit it, take fewer concepts at once, or raise --regularization.",
+        "The edit of 2 concepts misses 25 % of the change that was asked for: 400 tokens are to change, "
+        "and a token has 128 numbers; take fewer concepts at once.",
     ]
 
 

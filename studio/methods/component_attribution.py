@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from studio.errors import RequestError
+from studio.images import image_files, read_images
 from studio.measure import METRICS, standard_error
 from studio.methods.component_ablation import SCOPES, mask_edit, masks, ranked_share, ranks, unpack, zeroed
 from studio.methods.concept_pairs import warn_spelled
@@ -23,6 +24,7 @@ from studio.types import Axis, Edit, Figure, Report, Result, Run, Trace
 
 COMPONENTS = ("feed-forward", "to_k", "to_v")
 BARS = 30
+MOST_IMAGES = 100  # of a person; each is kept with its noise at every step
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,13 @@ class Inputs:
 
     concept: str = knob(REQUIRED, 'prompt that shows the concept, for example "star"')
     base: str = knob("", "neutral prompt that the concept is set against; default the empty prompt")
+    images: tuple[str, ...] | None = knob(
+        None,
+        "images of the concept, or folders of them, for the objective amplify; default those that the model "
+        "makes",
+        commas=False,
+        paths=True,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +90,11 @@ def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:
     """What can be refused without the model."""
     if inputs.concept.strip() == inputs.base.strip():
         raise RequestError("--concept and --base are the same text, so nothing sets them apart.")
+    if inputs.images is not None:
+        if params.objective != "amplify":
+            raise RequestError("--images are for amplify alone; take --objective amplify, or leave them out.")
+        if (n := len(image_files(inputs.images)[0])) > MOST_IMAGES:
+            raise RequestError(f"--images: {n} are too many; at most {MOST_IMAGES} are taken.")
     if (params.preview or params.metric) and params.ratio == 0:
         raise RequestError("--ratio 0 makes no edit, so there is nothing to preview; give a larger one.")
 
@@ -160,7 +174,7 @@ class _Attribution:
         from studio.models.objectives import Objective, component_axis
 
         self.model, self.inputs, self.params, self.seeds, self.report = model, inputs, params, seeds, report
-        self.objective = Objective(model, inputs, params, seeds, report)
+        self.objective = Objective(model, inputs, params, seeds, report, self._own_images())
         self.axis, self.counts = component_axis(self.objective.weights, params.granularity)
         self.by_seed = np.full((len(seeds), len(self.counts)), np.nan)
         self.before = np.full(2, np.nan)
@@ -168,6 +182,14 @@ class _Attribution:
         self.values: dict[str, Any] = {}
         self.images: dict[str, np.ndarray] = {}
         self.edit: Edit | None = None
+
+    def _own_images(self) -> list[Any]:
+        """Latents of the person's images, none where the model's own are taken."""
+        from studio.models.objectives import image_latents
+
+        files = image_files(self.inputs.images)[0] if self.inputs.images else []
+        plan = self.model.plan(self.params)
+        return [image_latents(self.model, pixels, plan) for pixels in read_images(files, self.report.warn)]
 
     def take_gradients(self) -> None:
         """J, its gradient and the concept's image, seed after seed."""
@@ -276,7 +298,9 @@ class _Attribution:
                 self.objective.values.astype(np.float32), (Axis("seed", tuple(map(str, self.seeds))),), "J"
             ),
         }
-        values = {n: getattr(plan, n) for n in ("steps", "guidance", "scheduler")}
+        values: dict[str, Any] = {n: getattr(plan, n) for n in ("steps", "guidance", "scheduler")}
+        if self.objective.own:
+            values["own_images"] = len(self.objective.own)
         return Result(arrays | self.arrays, values | self.values, dict(self.images), self.edit)
 
 

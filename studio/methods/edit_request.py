@@ -107,11 +107,11 @@ def warn_of_size(concepts: int, values: Mapping[str, Any], report: Report) -> No
         )
     if missed >= MISSED:
         crowded = values["keys"] > values["width"]
+        advice = "" if size >= LARGE else ", or lower --regularization"
         reason = f": {values['keys']} tokens are to change, and a token has {values['width']} numbers"
         report.warn(
             f"The edit of {concepts} concept{'s' if concepts > 1 else ''} misses {100 * missed:.0f} % of the "
-            f"change that was asked for{reason if crowded else ''}; take fewer concepts at once, or lower "
-            "--regularization."
+            f"change that was asked for{reason if crowded else ''}; take fewer concepts at once{advice}."
         )
 
 

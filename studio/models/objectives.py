@@ -2,8 +2,8 @@
 
 alpha = w * dJ/dw (CAD, arXiv 2412.02542). Erase: J = sum_t |e(z_t, concept) - e(z_t, base)|^2 along the
 model's own guided sampling of the concept, e(z_t, base) held fixed: the conditional pass of the sampling is
-also the one that is differentiated. Amplify: J = the denoising loss on images of the concept that the model
-makes. e is the predicted noise, whatever the model predicts. J is a mean over seeds.
+also the one that is differentiated. Amplify: J = the denoising loss on images of the concept, a person's or
+those that the model makes. e is the predicted noise, whatever the model predicts. J is a mean over seeds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 
 from studio.errors import RequestError, StudioError
 from studio.models.sampling import guided, new_scheduler, predict, raw_output, trajectory
@@ -115,13 +116,38 @@ def noise_terms(scheduler: Any, i: int, t: Any) -> tuple[float, float, float]:
     return 1.0, 0.0, signal
 
 
+@torch.no_grad()
+def image_latents(model: Any, pixels: np.ndarray, plan: Any) -> torch.Tensor:
+    """Latents (1, C, h, w) of an image (H, W, 3) uint8, cropped around its centre and scaled to the plan's
+    size: the mean of what the autoencoder makes of it."""
+    fitted = ImageOps.fit(Image.fromarray(pixels), (plan.width, plan.height), Image.Resampling.BICUBIC)
+    vae, config = model.vae, model.vae.config
+    x = torch.from_numpy(np.asarray(fitted).copy()).to(model.device, torch.float32)
+    found = vae.encode((x.permute(2, 0, 1)[None] / 127.5 - 1).to(vae.dtype)).latent_dist.mean
+    mean, std = (config.get(f"latents_{n}") for n in ("mean", "std"))
+    if mean is None or std is None:
+        return (found * config.scaling_factor).to(model.dtype)
+    mean, std = (found.new_tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+    return ((found - mean) * config.scaling_factor / std).to(model.dtype)
+
+
 class Objective:
     """J of one concept, its gradient so far, and the terms that were met on the way.
 
-    `params` as in component_attribution. `forwards` counts UNet rows; `values` is J of each seed.
+    `params` as in component_attribution; `own`: latents (1, C, h, w) of images of the concept, in whose place
+    the model's own are taken where there are none. `forwards` counts UNet rows; `values` is J of each seed.
     """
 
-    def __init__(self, model: Any, inputs: Any, params: Any, seeds: Sequence[int], report: Report) -> None:
+    def __init__(
+        self,
+        model: Any,
+        inputs: Any,
+        params: Any,
+        seeds: Sequence[int],
+        report: Report,
+        own: Sequence[torch.Tensor] = (),
+    ) -> None:
+        self.own = tuple(own)
         self.model, self.params, self.seeds, self.report = model, params, seeds, report
         self.plan = model.plan(params)
         self.weights = find_weights(model, params.components)
@@ -143,7 +169,7 @@ class Objective:
     def rows(self) -> int:
         """UNet rows of the whole attribution, for the progress bar."""
         each = 2 + (guided(self.model, self.plan) and not (self.erase and self.base_is_uncond))
-        return self.calls * each * len(self.seeds)
+        return self.calls * (each + max(0, len(self.own) - 1)) * len(self.seeds)
 
     def measuring_rows(self) -> int:
         """UNet rows of one call of `measured`."""
@@ -158,7 +184,9 @@ class Objective:
         for call, latents in steps:
             self._call, final = call, latents
         if not self.erase:
-            self._denoising_loss(self.seeds[j], final)
+            generator = torch.Generator("cpu").manual_seed(self.seeds[j] + 2**32)
+            for image in self.own or (final,):
+                self._denoising_loss(image, generator)
         return final
 
     def alphas(self) -> dict[str, torch.Tensor]:
@@ -199,8 +227,11 @@ class Objective:
     # ---- the terms ----------------------------------------------------------------------------------------
 
     def _share(self) -> float:
-        """The denoising loss is a mean over steps and latents, the distance to the base a plain sum."""
-        return 1.0 if self.erase else 1 / (self.calls * self.moments[0].x.numel())
+        """The denoising loss is a mean over images, steps and latents, the distance to the base a plain
+        sum."""
+        if self.erase:
+            return 1.0
+        return 1 / (self.calls * max(1, len(self.own)) * self.moments[0].x.numel())
 
     def _read_plain(self, *arguments: Any) -> torch.Tensor:
         out = predict(*arguments)
@@ -219,11 +250,10 @@ class Objective:
         self._count(len(rows) + 1)
         return out if uncond is None else free[-1:] + plan.guidance * (out - free[-1:])
 
-    def _denoising_loss(self, seed: int, image: torch.Tensor) -> None:
+    def _denoising_loss(self, image: torch.Tensor, generator: torch.Generator) -> None:
         """Terms of the denoising loss on one image's latents (1, C, h, w): fresh noise at each timestep of
         the plan."""
         scheduler = new_scheduler(self.model, self.plan)
-        generator = torch.Generator("cpu").manual_seed(seed + 2**32)
         for i, t in enumerate(scheduler.timesteps):
             noise = torch.randn(image.shape, generator=generator, dtype=image.dtype).to(image.device)
             a, b, signal = noise_terms(scheduler, i, t)

@@ -75,18 +75,30 @@ def erase_terms(pipe: Any, concept: str, base: str, seed: int, steps: int, guida
     return [term(i) for i in range(steps)]
 
 
-def amplify_terms(pipe: Any, concept: str, seed: int, steps: int, guidance: float) -> Sequence[Term]:
-    """One function a step, which gives its share of the mean denoising loss on the concept's image."""
-    image, _ = latents_at(pipe, concept, seed, steps, guidance, steps)
+def amplify_terms(
+    pipe: Any, concept: str, seed: int, steps: int, guidance: float, own: Sequence[torch.Tensor] = ()
+) -> Sequence[Term]:
+    """One function an image and step, which gives its share of the mean denoising loss on the concept's
+    image, or on latents of images of a person's own."""
+    images = own or [latents_at(pipe, concept, seed, steps, guidance, steps)[0]]
     generator = torch.Generator("cpu").manual_seed(seed + 2**32)
 
-    def term(t: int) -> Term:
+    def term(image: torch.Tensor, t: int) -> Term:
         noise = torch.randn(image.shape, generator=generator, dtype=image.dtype)
         alpha = float(pipe.scheduler.alphas_cumprod[t])
         z = alpha**0.5 * image + (1 - alpha) ** 0.5 * noise
-        return lambda: (noise_of(pipe, z, t, states(pipe, concept)) - noise).square().mean() / steps
+        share = 1 / (steps * len(images))
+        return lambda: (noise_of(pipe, z, t, states(pipe, concept)) - noise).square().mean() * share
 
-    return [term(int(t)) for t in new_scheduler(pipe, steps).timesteps]
+    return [term(image, int(t)) for image in images for t in new_scheduler(pipe, steps).timesteps]
+
+
+@torch.no_grad()
+def image_latents(pipe: Any, image: Any) -> torch.Tensor:
+    """Latents of a PIL image that has the model's size."""
+    pixels = torch.tensor(list(image.tobytes()), dtype=pipe.vae.dtype).view(1, image.height, image.width, 3)
+    scaled = pixels.permute(0, 3, 1, 2) / 255 * 2 - 1
+    return pipe.vae.encode(scaled).latent_dist.mode() * pipe.vae.config.scaling_factor
 
 
 def objective(terms: Sequence[Term]) -> float:
