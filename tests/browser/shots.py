@@ -22,7 +22,7 @@ MODES = {
     "dark": dict(width=1280, height=900, dark=True),
     "narrow": dict(width=400, height=800),
 }
-PATIENCE = 180_000  # milliseconds
+PATIENCE = 300_000  # milliseconds
 Step = Callable[[Visit], None]
 
 
@@ -83,27 +83,38 @@ PANELS: dict[str, Step] = {
 }
 
 
-def take(browser: Any, address: str, folder: Path, panel: str, mode: str) -> list[str]:
-    """One picture; what went wrong in the page."""
-    visit = Visit(browser, address, **MODES[mode])
-    visit.page.set_default_timeout(PATIENCE)
+def take(visit: Visit, folder: Path, panel: str, mode: str) -> list[str]:
+    """One picture; what went wrong in the page meanwhile."""
+    page = visit.page
     try:
-        visit.open()
         if panel != "home":
-            if visit.page.locator(".home .overview").count():
-                visit.page.click(".home .fold")
+            if page.locator(".home .overview").count():
+                page.click(".home .fold")
             open_tab(visit, panel.capitalize())
             PANELS[panel](visit)
-        visit.page.wait_for_timeout(700)  # for what fades in
-        visit.page.screenshot(path=folder / f"{panel}-{mode}.png", full_page=panel != "home")
-        wide = visit.page.evaluate("document.documentElement.scrollWidth")
-        allowed = MODES[mode]["width"]
-        return visit.said + visit.outside + ([f"{wide} px wide"] if wide > allowed else [])
+        page.wait_for_timeout(700)  # for what fades in
+        page.screenshot(path=folder / f"{panel}-{mode}.png", full_page=panel != "home")
+        wide = page.evaluate("document.documentElement.scrollWidth")
+        faults = [f"{wide} px wide"] if wide > MODES[mode]["width"] else []
     except Exception as error:
-        visit.page.screenshot(path=folder / f"{panel}-{mode}-failed.png")
-        return [f"{type(error).__name__}: {str(error)[:200]}"]
-    finally:
-        visit.context.close()
+        page.screenshot(path=folder / f"{panel}-{mode}-failed.png")
+        faults = [f"{type(error).__name__}: {str(error)[:200]}"]
+    faults += visit.said + visit.outside
+    visit.said.clear(), visit.outside.clear()
+    return faults
+
+
+def take_all(browser: Any, address: str, folder: Path, wanted: list[str], mode: str) -> int:
+    """All pictures of one mode, in one visit; how many had something wrong."""
+    visit, faults = Visit(browser, address, **MODES[mode]), 0
+    visit.page.set_default_timeout(PATIENCE)
+    visit.open()
+    for panel in wanted:
+        wrong = take(visit, folder, panel, mode)
+        print(f"{panel} {mode}: {wrong or 'nothing wrong'}", flush=True)
+        faults += bool(wrong)
+    visit.context.close()
+    return faults
 
 
 def main(argv: list[str]) -> int:
@@ -115,16 +126,11 @@ def main(argv: list[str]) -> int:
         return 2
     folder, wanted = Path(argv[0]), argv[1:] or ["home", *PANELS]
     folder.mkdir(parents=True, exist_ok=True)
-    faults = 0
     with tempfile.TemporaryDirectory() as runs_, sync_playwright() as play:
         session = Session(runs=runs_, device="cpu", threads=1)
         browser = play.chromium.launch(executable_path=find_chromium(), args=FLAGS)
         with serving(session) as address:
-            for panel in wanted:
-                for mode in MODES:
-                    wrong = take(browser, address, folder, panel, mode)
-                    print(f"{panel} {mode}: {wrong or 'nothing wrong'}", flush=True)
-                    faults += bool(wrong)
+            faults = sum(take_all(browser, address, folder, wanted, mode) for mode in MODES)
         browser.close()
         session.close()
     return int(faults > 0)
