@@ -9,7 +9,7 @@ from typing import Any
 
 import gradio as gr
 
-from panels import bars, heatmap, prompt_file, widgets
+from panels import bars, heatmap, localize_images, prompt_file, widgets
 from panels.edit_stack import Entry, Stack
 from panels.edit_view import Pictures
 from panels.localize_view import (
@@ -108,6 +108,7 @@ def _form() -> dict[str, Any]:
     form["seeds"] = widgets.seeds("localize", "0,1")
     for name in _SHOWN:
         add(name, **({"placeholder": "none"} if name == "top" else {}))
+    form |= localize_images.fields()
     form |= widgets.run_buttons("localize")
     with gr.Accordion("Sampling and scoring", open=False):
         form["model"] = widgets.model_choice("localize", "diffusion", "atlas-sd")
@@ -115,7 +116,7 @@ def _form() -> dict[str, Any]:
             add(name)
     with gr.Accordion("More options", open=False):
         for name in known:
-            if name not in form and name not in ("ratio", "preview"):
+            if name not in form and name not in ("ratio", "preview", "images"):
                 add(name)
     return form | _examples(form)
 
@@ -170,12 +171,14 @@ class _Panel(Running):
         self.pictures = Pictures(self.session)
         knobs = widgets.knobs([find_method(m) for m in METHODS])
         self.switched = [n for n in self.form if n in knobs]
+        self.own_images = localize_images.OwnImages(self.session, self.form, self.out)
 
     def wire(self) -> None:
         """Connects everything."""
         form, out = self.form, self.out
         self.wire_run(form["prompt"].submit, form["replacement"].submit, form["concept"].submit)
         asked = [form["method"], *self.also_restored()]
+        self.own_images.wire()
         form["method"].input(self.switch, asked[0], asked[1:], **QUIET)
         picked = [self.state, out["seed"], out["ratio"]]
         often, latest = (dict(trigger_mode=m, **QUIET) for m in ("multiple", "always_last"))
@@ -195,26 +198,31 @@ class _Panel(Running):
         anew = {"replacement": _REPLACED.get(name, "")}
         if "templates" in mine:
             anew["templates"] = "\n".join(mine["templates"][0].default or ())
-        return [
+        fields = [
             gr.update(visible=knob in mine, **({"value": anew[knob]} if knob in anew else {}))
             for knob in self.switched
-        ] + [gr.update(visible=m == name) for m in METHODS]
+        ]
+        return [*fields, *(gr.update(visible=m == name) for m in (*METHODS, "attribute")), gr.skip()]
 
     def also_restored(self) -> list[Any]:
         """What another method shows or hides."""
-        return [self.form[n] for n in (*self.switched, *(f"examples-{m}" for m in METHODS))]
+        also = (*(f"examples-{m}" for m in METHODS), "own_images", "image_set")
+        return [self.form[n] for n in (*self.switched, *also)]
 
     def restored(self, recipe: Recipe, run: Run | None, *here: Any) -> dict[Any, Any]:
         """The inputs of a kept run, and which of them show."""
         shown = dict(zip(self.also_restored(), self.switch(recipe.method), strict=True))
-        back = super().restored(recipe, run)
+        back = super().restored(recipe, run) | self.own_images.restored(recipe)
         return {c: {**shown.get(c, {}), **back.get(c, {})} for c in {**shown, **back}}
 
     def recipe(self, given: dict[str, Any]) -> Recipe:
         """The recipe that the inputs describe."""
         method = find_method(given["method"])
         seeds = parse_seeds(method, given["seeds"])
-        return Recipe(method.name, given["model"] or "", widgets.asked(method, given), {}, seeds)
+        asked = widgets.asked(method, given)
+        if "images" in asked:
+            asked["images"] = self.own_images.asked(given.get("image_set"))
+        return Recipe(method.name, given["model"] or "", asked, {}, seeds)
 
     def drawn(self, recipe: Recipe, result: Result, again: bool = False) -> dict[Any, Any]:
         """Bars and table; the passport's figure when all is there."""

@@ -18,6 +18,7 @@ from studio.registry import find_method
 from studio.types import Figure, Recipe, Result, Run
 
 ASK = "Click a cell to see its number and its images."
+ENLARGE = "Click an image to enlarge it."
 STRIPS = {  # title of a gallery, and what to look for in it
     "lens": (
         "Layer by layer",
@@ -27,7 +28,7 @@ STRIPS = {  # title of a gallery, and what to look for in it
     "word-maps": (
         "Where each word lies",
         "Below, each image in grey, coloured where the word's cross-attention is high, each from its own "
-        "least to its largest. Click one to enlarge it.",
+        "least to its largest.",
     ),
 }
 PICTURES = ("clean", "corrupted", "restored")
@@ -47,19 +48,22 @@ def drawn(recipe: Recipe, result: Result, out: dict[str, Any], again: bool = Fal
     """Updates of map and table (of the gallery for images) for these results; `again` for the last time."""
     figure = figure_of(recipe, result)
     if figure.kind == "strip":
+        single = len(figure.data["rows"]) == 1 and recipe.method == "word-maps"
         pictures = [
-            (image, f"{col}, {row}" if recipe.method == "word-maps" else f"{row}, {col}")
+            (image, col if single else f"{col}, {row}" if recipe.method == "word-maps" else f"{row}, {col}")
             for row, images in zip(figure.data["rows"], figure.data["images"], strict=True)
             for col, image in zip(figure.data["cols"], images, strict=True)
         ]
         label, hint = STRIPS[recipe.method]
-        shown = gr.Gallery(visible=True, value=pictures, label=label)
+        shown = gr.update(visible=True, value=pictures, label=label, columns=5)
         return {out["strip"]: shown, out["figure"]: {"hint": hint}, out["table"]: ""}
     return {out["figure"]: heatmap.as_value(figure, again), out["table"]: heatmap.as_table(figure)}
 
 
 def headline(recipe: Recipe, result: Result) -> str:
     """The finding in one sentence, and what to do next."""
+    if recipe.method in STRIPS:
+        return ENLARGE
     effect = result.arrays.get("indirect_effect")
     total = result.values.get("total_effect")
     best = effect.best(1) if effect is not None else []

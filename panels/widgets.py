@@ -56,7 +56,7 @@ def widget(
     if kind is str and meta["choices"]:
         choices = [(c, c) for c in meta["choices"]]
         return gr.Dropdown(
-            choices=choices if default else [("the model's own", ""), *choices], value=value or "", **common
+            choices=choices if default else [("default", ""), *choices], value=value or "", **common
         )
     if kind is str:
         return gr.Textbox(value=value or "", max_length=20_000, **common)

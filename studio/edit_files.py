@@ -8,6 +8,7 @@ import math
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,15 @@ def read_edit(path: str | Path) -> Edit:
         or any(not n.startswith(("unet.", "text_encoder")) for n in deltas)
     ):
         raise foreign
+    concepts, replacements, params = _recorded(note, foreign)
+    _check_finite(path, deltas)
+    method = note.get("locus.method", "")
+    return Edit(deltas, note["locus.base_fingerprint"], tuple(concepts), params, method, tuple(replacements))
+
+
+def _recorded(note: Mapping[str, str], foreign: RequestError) -> tuple[list[str], list[str], dict[str, Any]]:
+    """Concepts, replacements and params of a file's metadata; raises `foreign` when they are not what an edit
+    file has."""
     try:
         concepts = json.loads(note.get("locus.concepts", "[]"))
         replacements = json.loads(note.get("locus.replacements", "[]"))
@@ -60,9 +70,7 @@ def read_edit(path: str | Path) -> Edit:
     texts = all(isinstance(x, list) and all(isinstance(t, str) for t in x) for x in (concepts, replacements))
     if not texts or not isinstance(params, dict):
         raise foreign
-    _check_finite(path, deltas)
-    method = note.get("locus.method", "")
-    return Edit(deltas, note["locus.base_fingerprint"], tuple(concepts), params, method, tuple(replacements))
+    return concepts, replacements, params
 
 
 def _check_finite(path: Path, deltas: dict[str, np.ndarray]) -> None:

@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from panels import trace_view
 from panels.trace_words import WordMaps, map_recipe, picture
 from studio.methods.word_maps import overlay
-from studio.types import Recipe
+from studio.types import Figure, Recipe, Result
 
 PROMPT = "a red star on a red background"
 
@@ -51,3 +52,25 @@ def test_a_map_is_made_once_and_none_where_nothing_is_traced(session: Any, monke
     again = words.update(traced(), "4", "", "me")
     assert first["visible"] and np.array_equal(first["value"], again["value"])
     assert not words.update(Recipe("lens", "atlas-sd", {"prompt": PROMPT}, {}), "0", "", "me")["visible"]
+
+
+@pytest.mark.parametrize(
+    ("method", "title", "captions"),
+    [
+        ("word-maps", "Where each word lies", ["image", "star"]),
+        ("lens", "Layer by layer", ["layer 0, image", "layer 0, star"]),
+    ],
+)
+def test_a_gallery_has_a_title_and_says_what_to_look_for(
+    method: str, title: str, captions: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = {"images": [[np.zeros((2, 2, 3), np.uint8)] * 2], "rows": ["layer 0"], "cols": ["image", "star"]}
+    monkeypatch.setattr(trace_view, "figure_of", lambda recipe, result: Figure("strip", data))
+    recipe = Recipe(method, "m", {}, {}, (0,))
+    out = {n: n for n in ("strip", "figure", "table")}
+    shown = trace_view.drawn(recipe, Result({}), out)
+    assert shown["strip"]["label"] == title and [c for _, c in shown["strip"]["value"]] == captions
+    assert (
+        shown["figure"]["hint"].endswith(".")
+        and trace_view.headline(recipe, Result({})) == trace_view.ENLARGE
+    )
