@@ -274,6 +274,9 @@ class Images(Mapping):
         with Image.open(self._files[name]) as opened:
             return np.asarray(opened.convert("RGB"))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
     def __iter__(self):
         return iter(self._files)
 
