@@ -113,8 +113,9 @@ def _properties(schema: Any) -> dict[str, Any]:
 
 
 def caller(request: gr.Request) -> str:
-    """Whose turn it is: a client's own session; the address of those who have none."""
-    return f"api {request.session_hash}"
+    """Whose turn it is: a client's session; the address of a plain HTTP call, whose session is always new."""
+    plain = "/call/" in request.url.path
+    return f"api {request.client.host if plain else request.session_hash}"
 
 
 async def progress(session: Session, job: Job) -> AsyncIterator[dict[str, Any]]:

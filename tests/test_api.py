@@ -17,6 +17,7 @@ from gradio_client.exceptions import AppError
 
 from panels.api_parameters import parameters, plain_words, served
 from studio.models.catalog import ASSETS
+from studio.options import DEFAULT_MODELS
 from studio.registry import REQUIRED, find_method, hints, load_methods
 from studio.session import Session
 from tests.browser.studio import serving
@@ -73,6 +74,7 @@ def test_parameters_are_those_of_the_command(name: str, info: dict) -> None:
     assert promised - NOT_SERVED - {"seeds"} <= set(offered)
     assert not {"out", "save", "models", "runs", "device", "dtype", "threads"} & set(offered)
     assert ("seeds" in offered) == method.samples
+    assert offered["model"]["parameter_default"] == DEFAULT_MODELS[method.family]
     for cls in (method.inputs, method.params):
         for knob in dataclasses.fields(cls):
             if not served(knob):
