@@ -13,6 +13,7 @@ from typing import Any
 from studio.errors import RequestError
 from studio.options import COMMON, DEFAULT_MODELS, new_session, parse_options
 from studio.run_commands import export, import_run, replay
+from studio.store_commands import prune_runs, quota_of, runs
 
 
 def serve(argv: list[str]) -> int:
@@ -22,6 +23,7 @@ def serve(argv: list[str]) -> int:
         "port": (str, "INT", "port; 0 takes a free one", "7860"),
         "auth": (str, "USER:PASS", "ask for this login", ""),
         "inbrowser": (bool, "", "open the browser", ""),
+        "quota": (str, "SIZE", "what all runs may take before pruning is offered", "$LOCUS_QUOTA, or 20GB"),
         "mcp": (bool, "", "also serve every method as a tool for assistants (needs the extra mcp)", ""),
     }
     options |= {k: (str, *COMMON[k], "") for k in ("device", "dtype", "threads", "batch", "models", "runs")}
@@ -31,7 +33,9 @@ def serve(argv: list[str]) -> int:
     address = check_address(given.get("host", "127.0.0.1"), given.get("port", "7860"), given.get("auth"))
     if given["mcp"]:
         check_mcp(given.get("auth"))
+    quota = quota_of(given.get("quota"))
     with contextlib.closing(new_session(given)) as session:
+        session.store.quota = quota
         return serve_forever(session, *address, inbrowser=given["inbrowser"], mcp=given["mcp"])
 
 
@@ -285,6 +289,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "replay": replay,
     "export": export,
     "import": import_run,
+    "runs": runs,
+    "prune": prune_runs,
     "export-edit": export_edit,
     "bench": bench,
     "sweep": sweep,

@@ -46,6 +46,7 @@ LEVELS = {
     "studio.spurious_correlation": 6,
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.run_commands", "studio.options", "launch"), 8),
+    "studio.store_commands": 8,
     "studio.prompt_command": 8,
 }
 WRITING = (
@@ -68,6 +69,7 @@ WITHOUT_TORCH = ("images", "types", "errors", "registry", "figures", "store", "e
 EXCEPTIONS = {
     ("studio/registry.py", "import studio.methods"): "the registry finds method files by name, to list them",
     ("studio/figures.py", "write savefig"): "draws into memory",
+    ("studio/notebook.py", "write savez_compressed"): "packs numbers in memory",
     ("studio/doctor.py", "write makedirs"): "doctor tries whether runs can be written",
     ("studio/doctor.py", "write TemporaryFile"): "doctor tries whether runs can be written",
     ("studio/runners.py", "write TemporaryDirectory"): "Ray's own files, for as long as its cluster lives",
