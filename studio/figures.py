@@ -11,6 +11,7 @@ import itertools
 import json
 import math
 import textwrap
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -23,13 +24,8 @@ from studio.palette import EMPTY, NEGATIVE, NEUTRAL, POSITIVE, SERIES, SHADES, s
 from studio.types import Figure, Trace
 
 FORMATS = ("svg", "png", "pdf")
-__all__ = [
-    "EMPTY",
-    "NEGATIVE",
-    "NEUTRAL",
-    "POSITIVE",
-    "scale_limit",
-]  # of the palette, for who draws on screen
+__all__ = ["EMPTY", "NEGATIVE", "NEUTRAL", "POSITIVE", "scale_limit"]  # also from here
+_TURN = threading.Lock()  # matplotlib's settings are those of the whole process
 DPI = 150
 MOST_DPI = 2400
 MOST_PIXELS = 89_000_000  # of a PNG; image libraries take more for an attack
@@ -60,7 +56,7 @@ def to_bytes(figure: Figure, kind: str, recipe: Mapping[str, Any] | None = None,
         "pdf": {"Subject": note, "CreationDate": None},
     }[kind]
     style = {"pdf.fonttype": 42, "svg.hashsalt": "locus", "font.size": 9, "text.parse_math": False}
-    with warnings.catch_warnings(), matplotlib.rc_context(style):
+    with _TURN, warnings.catch_warnings(), matplotlib.rc_context(style):
         warnings.filterwarnings("ignore", "Glyph")  # a sign that the font lacks is drawn as a box
         drawn = _DRAWERS[figure.kind](figure)
         if kind == "png":
@@ -86,7 +82,7 @@ def image_bytes(pixels: np.ndarray, note: str = "") -> bytes:
 
     said, out = PngInfo(), io.BytesIO()
     if note:
-        said.add_text("Description", note, zip=len(note) > 4096)
+        said.add_text("Description", note, zip=4096 < len(note) <= 2**20)  # readers unpack no more than that
     Image.fromarray(pixels).save(out, "png", pnginfo=said)
     return out.getvalue()
 

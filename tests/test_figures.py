@@ -202,9 +202,20 @@ def test_a_pdf_embeds_its_fonts_as_truetype_and_carries_the_recipe() -> None:
     assert json.loads(reader.metadata.subject) == RECIPE
 
 
+def test_figures_drawn_at_the_same_time_have_the_bytes_of_one_alone() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    alone = {kind: figures.to_bytes(heat(), kind, RECIPE) for kind in figures.FORMATS}
+    with ThreadPoolExecutor(4) as pool:
+        made = list(
+            pool.map(lambda kind: (kind, figures.to_bytes(heat(), kind, RECIPE)), figures.FORMATS * 3)
+        )
+    assert all(content == alone[kind] for kind, content in made)
+
+
 def test_an_image_carries_a_note() -> None:
     pixels_ = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    for note in ("", "x", "y" * 100_000):
+    for note in ("", "x", "y" * 100_000, "z" * 3_000_000):
         with Image.open(io.BytesIO(figures.image_bytes(pixels_, note))) as opened:
             assert opened.info.get("Description", "") == note
             np.testing.assert_array_equal(np.asarray(opened), pixels_)
