@@ -231,6 +231,8 @@ class _Panel(Running):
     def show(self, kept: dict | None, text: str | None, image: str, component: str | None) -> dict[Any, Any]:
         """Another text, image or component was chosen."""
         recipe, result = self.measured(kept)
+        if decompose_view.scores(result) is None:  # a view without a map
+            return {self.out["detail"]: gr.update()}
         update = self.maps(result, text or None, image, True)
         if not component:
             return update

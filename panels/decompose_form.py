@@ -22,7 +22,7 @@ VIEWS = {
 }
 HINT = "Press Run. One image takes about a second; click a cell for more."
 _OWN = ("images", "granularity")  # knobs that the panel sets itself
-_ONE_EACH = ("texts", "text", "heads")  # knobs that mean something else in every method
+_ONE_EACH = ("texts", "text", "heads", "top")  # knobs that mean something else in every method
 _PATHS = ("groups", "reference", "like")  # files of the machine that serves, which a page does not name
 
 

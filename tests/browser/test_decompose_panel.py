@@ -179,6 +179,25 @@ def test_the_true_ablation_is_a_click_away(visit: Visit) -> None:
     )
 
 
+def test_images_are_found_through_what_carries_a_property_and_beside_a_clicked_one(visit: Visit) -> None:
+    page = ran(visit)
+    over(page)
+    page.get_by_role("tab", name="Find images").click()
+    page.locator("#decompose-property textarea").fill("a mint background\na sand background")
+    page.click("#decompose-carry")
+    said(page, "detail-text", "First of 10 images: ")
+    said(page, "order-said", "10 images by “a circle” through block.")
+    assert page.locator("#decompose-order img").count() == 10
+    page.wait_for_selector("#decompose-drawn img", state="attached")
+    over(page)
+    page.locator("#decompose-find-by label").nth(1).click()
+    page.locator("#decompose-gallery button").nth(2).click()
+    said(page, "like", "blue heart on sand.png")
+    page.click("#decompose-run")
+    said(page, "order-said", "10 images by likeness to blue heart on sand through block.")
+    page.wait_for_selector("#decompose-order >> text=+1.000 blue heart on sand")
+
+
 def test_another_model_stands_beside_through_its_shipped_aligner(visit: Visit) -> None:
     page = opened(visit)
     page.get_by_role("button", name="Options").locator("visible=true").click()
