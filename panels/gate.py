@@ -35,6 +35,7 @@ class Page(gr.Blocks):
         if len(inputs) != wanted:
             name = f"/{block_fn.api_name}" if block_fn.api_visibility == "public" else "This"
             raise _error(f"{name} takes {wanted} values, one for each parameter, and {len(inputs)} came.")
+        traverse(inputs, _refused, _untellable)
         for block, value in zip(block_fn.inputs, inputs, strict=True):
             named = is_file_obj if getattr(block, "data_model", None) else is_file_obj_with_meta
             traverse(value, _only_uploaded, named)
@@ -62,6 +63,22 @@ class Page(gr.Blocks):
             raise
         except Exception as error:
             raise _error(widgets.spoken(error)) from error
+
+
+def _untellable(value: Any) -> bool:
+    """Whether a value can't be sent back as JSON: one that a handler repeats would end the page's events."""
+    if isinstance(value, str) and not value.isascii():
+        return any("\ud800" <= c <= "\udfff" for c in value)
+    return isinstance(value, int) and abs(value) >= 2**63
+
+
+def _refused(value: Any) -> Any:
+    what = (
+        "A text of this request is no UTF-8"
+        if isinstance(value, str)
+        else "A number of this request is too large"
+    )
+    raise _error(f"{what}; send another.")
 
 
 def _only_uploaded(file: dict[str, Any]) -> dict[str, Any]:

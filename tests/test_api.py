@@ -178,7 +178,7 @@ WRONG = {
     "bounds": ({"steps": 0}, r"^steps must be from 1 to 1000, not 0\."),
     "whole": ({"steps": 1.5}, r"^steps must be a whole number, not '1\.5'"),
     "text": ({"steps": "many"}, r"^steps must be a whole number, not 'many'"),
-    "huge": ({"steps": 10**30}, "steps must be"),
+    "huge": ({"steps": 10**30}, r"^A number of this request is too large; send another\."),
     "list": ({"prompt": 5}, "prompt must be a list of texts, not int"),
     "empty": ({"prompt": []}, "prompt is empty"),
     "nothing": ({"prompt": None}, "prompt is missing"),

@@ -316,6 +316,7 @@ BODIES = {
     "deep": b'{"data":' + b"[" * 50_000 + b"]" * 50_000 + b"}",
     "a long number": b'{"data":[' + b"9" * 10_000 + b"]}",
     "no UTF-8": b'{"data":["\xff"]}',
+    "half a character in a list": b'{"data":[["\\ud800"],{"a":"\\udfff"}]}',
     "half a character": b'{"data":["\\ud800"]}',
     "no function": b'{"data":[],"fn_index":99999,"session_hash":"a"}',
     "a function below": b'{"data":[],"fn_index":-1,"session_hash":"a"}',
@@ -468,3 +469,12 @@ def test_a_flood_is_turned_away_and_passes(url: str, own: Session, monkeypatch: 
     turned_away = [t for t in told if "16 of your jobs are waiting already, the most for one user" in t]
     assert len(turned_away) >= 20
     assert waiting(own) == []
+
+
+@pytest.mark.parametrize("value", (10**30, -(2**63), ["\ud800"], {"a": {"b": "x\udfff"}}))
+def test_what_json_can_not_tell_is_refused(value: Any, url: str, pages: list[Any]) -> None:
+    """Repeated in an answer it would end all answers to that page."""
+    function = next(f for f in pages[0].fns.values() if len(f.inputs) == 1)
+    with pytest.raises(gr.Error, match="of this request is (no UTF-8|too large); send another"):
+        pages[0].validate_inputs(function, [value])
+    pages[0].validate_inputs(function, [{"a": ["ü", 2**63 - 1, True, None]}])
