@@ -27,7 +27,6 @@ FORMATS = ("svg", "png", "pdf")
 __all__ = ["EMPTY", "NEGATIVE", "NEUTRAL", "POSITIVE", "scale_limit"]  # also from here
 _TURN = threading.Lock()  # matplotlib's settings are those of the whole process
 DPI = 150
-MOST_DPI = 2400
 MOST_PIXELS = 89_000_000  # of a PNG; image libraries take more for an attack
 
 

@@ -218,18 +218,16 @@ def _placed(run: Run, beside: Path, store: Store, top: str) -> tuple[Run, bool]:
     base = _ID.fullmatch(top)[1] if _ID.fullmatch(top) else _id_of(run)
     for attempt in range(1000):
         name = base if not attempt else f"{base}-{attempt + 1}"
-        if (store.root / name).exists():
-            if _same(store.root / name, run):
-                return replace(run, id=name), False
-            continue
-        _draw(replace(run, id=name), beside)
-        try:
-            beside.rename(store.root / name)
-        except OSError as error:
-            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
-                continue  # another studio was quicker
-            raise
-        return store.load(name), True
+        if not (store.root / name).exists():
+            _draw(replace(run, id=name), beside)
+            try:
+                beside.rename(store.root / name)
+                return store.load(name), True
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise  # otherwise another studio was quicker
+        if _same(store.root / name, run):
+            return replace(run, id=name), False
     raise StudioError(f"No free name for a run like {base} in {store.root}.")
 
 

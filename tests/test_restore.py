@@ -143,6 +143,22 @@ def test_a_zip_brings_the_edits_that_were_laid_over(tmp_path: Path) -> None:
     assert not (store.path(kept.id) / "edits").exists()
 
 
+def test_two_studios_that_take_the_same_zip_at_once_keep_one_run(
+    home: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, genuine = Store(tmp_path / "runs"), zip_import._draw
+
+    def quicker(mine: Run, folder: Path) -> None:
+        genuine(mine, folder)
+        if not store.ids():
+            shutil.copytree(home / "runs" / run.id, store.root / run.id)  # the other studio's rename
+
+    monkeypatch.setattr(zip_import, "_draw", quicker)
+    found = restored(one(home, "zip"), store)
+    assert found.run_id == run.id and store.ids() == [run.id]
+    assert [f.name for f in store.root.iterdir()] == [run.id]
+
+
 # ---- what is not taken ------------------------------------------------------------------------------------
 
 
