@@ -46,9 +46,9 @@ def image_files(given: Sequence[str], option: str = "--images") -> tuple[list[Pa
         below = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         images = [p for p in below if p.suffix.lower() in ENDINGS]
         if not images:
-            held = f"{len(below)} other files" if below else "nothing"
+            many = f"holds {len(below):,} file{'s' * (len(below) > 1)}, none of them an image"
             raise RequestError(
-                f"{option}: the folder {text[:120]} holds no images but {held}; images end in "
+                f"{option}: the folder {text[:120]} {many if below else 'is empty'}; images end in "
                 f"{', '.join(sorted(ENDINGS))}."
             )
         files += images

@@ -118,11 +118,11 @@ def test_a_cut_jpeg(tmp_path: Path) -> None:
 
 
 def test_folders(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="holds no images but nothing"):
+    with pytest.raises(RequestError, match="is empty; images end in .avif"):
         image_files([str(tmp_path)])
     (tmp_path / "notes.txt").write_text("x")
     (tmp_path / ".hidden.png").write_text("x")
-    with pytest.raises(RequestError, match="holds no images but 1 other files"):
+    with pytest.raises(RequestError, match="holds 1 file, none of them an image; images end in"):
         image_files([str(tmp_path)])
     (tmp_path / "b").mkdir()
     for name in ("b/2.PNG", "1.jpg", "b/1.png"):
