@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.errors import RequestError
+from studio.real_shapes import LAYOUTS, real_shape
 
 Row = dict[str, Any]
 Say = Callable[[str], None]
@@ -190,6 +191,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("planted-components", "planted", planted_components),
     Entry("planted-vision", "planted", planted_vision),
     Entry("spurious-correlation", "planted", spurious_correlation),
+    *(Entry(f"real-{layout}", "real-shapes", real_shape(layout)) for layout in LAYOUTS),
 )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.errors import RequestError
-from studio.options import COMMON, DEFAULT_MODELS, new_session, parse_options
+from studio.options import COMMON, COMPILE, DEFAULT_MODELS, new_session, parse_options
 from studio.run_commands import export, import_run, replay
 from studio.store_commands import prune_runs, quota_of, runs
 
@@ -25,6 +25,7 @@ def serve(argv: list[str]) -> int:
         "inbrowser": (bool, "", "open the browser", ""),
         "quota": (str, "SIZE", "what all runs may take before pruning is offered", "$LOCUS_QUOTA, or 20GB"),
         "mcp": (bool, "", "also serve every method as a tool for assistants (needs the extra mcp)", ""),
+        "compile": COMPILE,
     }
     options |= {k: (str, *COMMON[k], "") for k in ("device", "dtype", "threads", "batch", "models", "runs")}
     given = parse_options("serve", "The studio in the browser.", options, argv)
@@ -148,6 +149,7 @@ def bench(argv: list[str]) -> int:
         "out": (str, "FILE", "required: the JSON file; must not exist", ""),
         "only": (tuple, "NAME", f"only these benchmarks: {', '.join(e.name for e in ENTRIES)}", ""),
         "planted": (bool, "", "also methods on models where it is known what is planted", ""),
+        "real_shapes": (bool, "", "also a trace and an edit at real sizes, on random weights", ""),
         **sizes,
         **{k: (str, *COMMON[k], "") for k in ("models", "device", "dtype", "threads", "batch")},
         "json": (bool, "", "print the file's content too", ""),
@@ -155,7 +157,8 @@ def bench(argv: list[str]) -> int:
     given = parse_options("bench", "Benchmarks; ratios are measured in one run.", options, argv)
     if "out" not in given:
         raise RequestError("Where to? `locus bench --out FILE.json`.")
-    entries = chosen(["planted"] * given["planted"], given.get("only", ()))
+    groups = [name.replace("_", "-") for name in ("planted", "real_shapes") if given[name]]
+    entries = chosen(groups, given.get("only", ()))
     asked = {f: _count(f, given[f]) for f in sizes if f in given}
     out = check_free_file(given["out"], "--out", ".json")
     with contextlib.closing(new_session(given)) as session:

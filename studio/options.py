@@ -32,8 +32,10 @@ COMMON = {
     "device": ("STR", "auto, cpu, cuda or mps (default: auto)"),
     "dtype": ("STR", "auto, float32, float16 or bfloat16 (default: auto, which is float32)"),
     "threads": ("INT", "threads of the CPU (default: all cores)"),
-    "batch": ("INT", "rows of one forward (default: 16 on a CPU, 64 on a GPU)"),
+    "batch": ("INT", "rows of one forward (default: 16 on a CPU; on a GPU as many as fit)"),
 }
+
+COMPILE: Option = (bool, "", "compile the UNet for forwards that nothing watches, such as plain images", "")
 
 
 def parse_options(name: str, description: str, options: dict[str, Option], argv: list[str]) -> dict[str, Any]:
@@ -104,6 +106,8 @@ def method_options(method: Method) -> dict[str, Option]:
         options["prompts"] = (str, "FILE", told, "")
     if method.saves:
         options["save"] = (str, "FILE", f"also write the {method.saves} here; must not exist", "")
+    if method.family == "diffusion":
+        options["compile"] = COMPILE
     options["force"] = (bool, "", "apply an edit that was made for other weights", "")
     options["json"] = (bool, "", "print run.json to standard output", "")
     return options
@@ -161,4 +165,5 @@ def new_session(given: dict[str, Any]) -> Any:
         dtype=given.get("dtype", "auto"),
         threads=whole("threads"),
         batch=whole("batch"),
+        compile=bool(given.get("compile")),
     )

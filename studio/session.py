@@ -24,10 +24,12 @@ from studio.edits import Composer, overlay
 from studio.errors import Cancelled, RequestError, StudioError
 from studio.jobs import Job, JobQueue
 from studio.models.catalog import DEFAULT_SCORER
-from studio.models.device import default_threads, free_memory, pick_device, release
+from studio.models.device import RowMemory, default_threads, free_memory, pick_device, release, set_precision
 from studio.models.hub import Hub
 from studio.models.loaded import check_dtype, check_memory, load
 from studio.models.loading import Source, home, locate
+from studio.models.parking import Parking
+from studio.models.precision import computed_in, held_as
 from studio.provenance import files_read, laid, origin, versions, with_warnings
 from studio.registry import Method, find_method, parse, plain
 from studio.store import Store, write_run
@@ -41,8 +43,8 @@ _KINDS |= {"vision": "a vision transformer"}
 class Session:
     """One backend: models on one device, one queue in front of them, one store behind.
 
-    device: auto (CUDA, then MPS, then CPU), cpu, cuda or mps. dtype: auto is float32; int8 and int4 are for
-    the weights of language models. threads: of torch on
+    device: auto (CUDA, then MPS, then CPU), cpu, cuda or mps. dtype: auto is float32; what halves are used
+    for models/precision.py says; int8 and int4 are for the weights of language models. threads: of torch on
     the CPU.
     memory: bytes that loaded models may take (default: 70 % of what is free at the start). batch: rows of
     one forward.
@@ -58,18 +60,22 @@ class Session:
         threads: int | None = None,
         memory: int | None = None,
         batch: int | None = None,
+        compile: bool = False,
     ) -> None:
         self.device = pick_device(device)
+        set_precision(self.device)
         self.dtype = check_dtype(dtype, self.device)
         if threads is not None and not 1 <= threads <= 1024:
             raise RequestError(f"--threads must be from 1 to 1024, not {threads}.")
         self.threads = threads or default_threads()
-        self.batch = batch or (16 if self.device == "cpu" else 64)
+        self.batch, self._given = batch or (16 if self.device == "cpu" else 64), batch is not None
+        self.row_memory = RowMemory(self.device)
         self.models_folder = Path(models).expanduser() if models else None
         self.hub = Hub()
         self.store = Store(runs or home() / "runs")
         self._memory = memory
         self._loaded: OrderedDict[tuple, Any] = OrderedDict()
+        self.parking, self._compile = Parking(self.device), compile
         self.shelf, self._composer = Shelf(), Composer()
         self.queue = JobQueue(self._execute)
 
@@ -160,16 +166,21 @@ class Session:
         """Ends the worker and lets the models go."""
         self.queue.close()
         self._loaded.clear()
+        self.parking.drop()
 
     # ---- models -------------------------------------------------------------------------------------------
 
-    def model(self, name: str, kind: str) -> Any:
-        """A loaded model by name, from memory or from disk; the least recently used make room."""
-        source = self.source(name, kind)
-        key = (str(source.path.resolve()), source.fingerprint, self.dtype, kind)
+    def model(self, name: str, kind: str, dtype: str | None = None) -> Any:
+        """A loaded model by name, from memory or from disk; the least recently used make room. `dtype`: in
+        place of the session's."""
+        source, dtype = self.source(name, kind), held_as(kind, dtype or self.dtype)
+        key = (str(source.path.resolve()), source.fingerprint, dtype, kind)
         if key not in self._loaded:
-            self._make_room(source)
-            self._loaded[key] = load(source, kind, self.device, self.dtype)
+            self._make_room(source, dtype)
+            waits = key in self.parking
+            self._loaded[key] = self.parking.fetch(key) if waits else load(source, kind, self.device, dtype)
+            if self._compile and kind == "diffusion" and not waits:
+                self._loaded[key].compile()
         model = self._loaded[key]
         self._loaded[key] = self._loaded.pop(key, model)  # the last one used; another thread may let it go
         return model
@@ -193,8 +204,9 @@ class Session:
         keys = [k for k, m in list(self._loaded.items()) if m.id == name]
         gone = [self._loaded.pop(key, None) for key in keys]
         del gone
+        waited = self.parking.drop(keep=lambda model: model.id != name)
         release(self.device)
-        return bool(keys)
+        return bool(keys or waited)
 
     def budget(self) -> int:
         """Bytes that models may take in all."""
@@ -206,11 +218,12 @@ class Session:
         """A job that loads a model in turn and keeps it, so that the next run starts at once."""
         return self.queue.submit(Recipe("", name), user, call=lambda model: None, kind=kind)
 
-    def _make_room(self, source: Source) -> None:
+    def _make_room(self, source: Source, dtype: str) -> None:
         budget = self.budget()
-        need = check_memory(source, self.dtype, budget, self.device)
+        need = check_memory(source, dtype, budget, self.device)
         while self._loaded and sum(b for _, b in self.loaded()) + need > budget:
-            self._loaded.popitem(last=False)
+            self.parking.park(*self._loaded.popitem(last=False))
+            release(self.device)
 
     def _scorer(self, params: Any, model: Any, job: Job) -> Any:
         if hasattr(params, "clip"):
@@ -255,12 +268,15 @@ class Session:
             method, {**recipe.inputs, **recipe.params}, recipe.seeds if method.samples else None
         )
         job.plan(0, "loading the model")
-        model = self._model_for(method, recipe.model)
+        dtype, why = computed_in(method, self.dtype)
+        if why:
+            job.warn(why)
+        model = self._model_for(method, recipe.model, dtype)
         scorer = self._scorer(params, model, job)
         method, second = self._with_extras(method, model, params, job)
         key = recipe.key(
             model.fingerprint,
-            self.dtype,
+            dtype,
             tuple(mark(self.shelf.open(entry)) for entry in recipe.edits),
             (scorer.fingerprint if scorer else "") + second + files_read(inputs, params) or None,
         )
@@ -274,8 +290,8 @@ class Session:
             raise failure
         return run
 
-    def _model_for(self, method: Method, name: str) -> Any:
-        model = self.model(name, method.family)
+    def _model_for(self, method: Method, name: str, dtype: str) -> Any:
+        model = self.model(name, method.family, dtype)
         if missing := method.needs - model.provides:
             raise RequestError(
                 f"{method.name} needs a model with {', '.join(sorted(missing)).replace('_', '-')}; "
@@ -301,7 +317,7 @@ class Session:
             "done" if failure is None else "stopped" if isinstance(failure, Cancelled) else "failed",
             started.isoformat(timespec="seconds"),
             time.monotonic() - clock,
-            self.host(rows) | laid(job, arguments[-1]),
+            self.host(rows, computed_in(method, self.dtype)[0]) | laid(job, arguments[-1]),
             with_warnings(result or job.latest, job.warnings),
             str(failure) or None if failure else None,
         )
@@ -311,10 +327,11 @@ class Session:
         """Runs the method; out of memory halves the rows of a forward until it fits."""
         import torch
 
-        job.rows = self.batch
+        job.rows = 0  # not known yet
         while True:
             try:
                 torch.manual_seed(0)
+                job.rows = job.rows or self._rows(arguments[0], arguments[2])
                 return method.run(*arguments, job), job.rows
             except (torch.OutOfMemoryError, MemoryError) as error:
                 reason = str(error)
@@ -324,13 +341,22 @@ class Session:
                 reason = str(error)
             if self.device == "cuda":
                 torch.cuda.empty_cache()
-            if job.rows == 1:
+            if job.rows <= 1:
                 raise StudioError(
                     f"There is not enough memory for one image at a time on {self.device} "
                     f"({' '.join(reason.split())[:80]}); take a smaller size or model."
                 )
             job.rows = max(1, job.rows // 2)
             job.warn(f"Memory ran out; the batch was halved to {job.rows} rows.")
+
+    def _rows(self, model: Any, params: Any) -> int:
+        """Rows of one forward: those asked for, else as many as fit, by what one row takes."""
+        one_row = getattr(model, "one_row", None)
+        if self._given or one_row is None:
+            return self.batch
+        size = tuple(getattr(params, n, None) for n in ("height", "width"))
+        key = (model.fingerprint, str(model.dtype), size)
+        return self.row_memory.rows(key, lambda: one_row(params), self.batch)
 
     def _keep(self, run: Run, method: Method, job: Job) -> Run:
         """The run once it is written; a figure that can't be drawn, or an --out that fails, never costs the
@@ -360,11 +386,11 @@ class Session:
             ) from error
         return replace(run, id=out.name)
 
-    def host(self, rows: int) -> dict[str, Any]:
-        """What a replay needs to repeat the same bits."""
+    def host(self, rows: int, dtype: str | None = None) -> dict[str, Any]:
+        """What a replay needs to repeat the same bits. `dtype`: in place of the session's."""
         return {
             "device": self.device,
-            "dtype": self.dtype,
+            "dtype": dtype or self.dtype,
             "threads": self.threads,
             "batch": rows,
             "versions": versions(),

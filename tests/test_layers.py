@@ -43,7 +43,7 @@ LEVELS = {
     ),
     **dict.fromkeys(("studio", "studio.bench", "studio.planted"), 6),
     **dict.fromkeys(("studio.planted_components", "studio.planted_vision", "studio.diffusion_race"), 6),
-    "studio.spurious_correlation": 6,
+    **dict.fromkeys(("studio.spurious_correlation", "studio.real_shapes"), 6),
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.run_commands", "studio.options", "launch"), 8),
     "studio.store_commands": 8,

@@ -23,7 +23,7 @@ function draw() {
   const R = d.rows.length, C = d.cols.length, left = 14 + 6.4 * Math.max(...d.rows.map(s => Math.min(s.length, 26)));
   const room = Math.max(280, element.clientWidth || 600) - left - 14;
   const w = Math.max(C > 60 ? 9 : 19, Math.min(64, room / C)), h = R > 40 ? 13 : R > 16 ? 18 : 30;
-  const top = 10, deep = 14 + 4.6 * Math.max(...d.cols.map(s => Math.min(s.length, 22))), W = left + C * w + 10, H = top + R * h + deep + 34;
+  const top = 10, deep = 14 + 4.6 * Math.max(...d.cols.map(s => Math.min(s.length, 22))), W = left + C * w + 10, beside = left + 174 + 5.6 * d.unit.length < W, H = top + R * h + deep + (beside ? 34 : 48);
   const s = svg('svg', {width: W, height: H, viewBox: `0 0 ${W} ${H}`, role: 'presentation'});
   const big = R * C > 10000;
   d.rows.forEach((t, r) => { if (h > 12 || r % 2 == 0) s.append(svg('text', {x: left - 6, y: top + r * h + h / 2 + 4, 'text-anchor': 'end'}, t.slice(0, 26))); });
@@ -46,11 +46,11 @@ function draw() {
       s.append(g);
     }
   }
-  const y = H - 20, n = 41, [low, high] = d.scale, zero = -low / (high - low);
+  const y = H - (beside ? 20 : 34), n = 41, [low, high] = d.scale, zero = -low / (high - low);
   for (let i = 0; i < n; i++) s.append(svg('rect', {x: left + i * 4, y: y, width: 4.2, height: 8, fill: colour(d, low + i / (n - 1) * (high - low))}));
   s.append(svg('text', {x: left, y: y + 18, style: 'font-size:9px'}, low.toPrecision(2)),
     svg('text', {x: left + 164, y: y + 18, style: 'font-size:9px', 'text-anchor': 'end'}, high.toPrecision(2)),
-    svg('text', {x: left + 174, y: y + 8, style: 'font-size:10px'}, d.unit));
+    svg('text', {x: beside ? left + 174 : 4, y: beside ? y + 8 : y + 31, style: 'font-size:10px'}, d.unit));
   if (zero > 0.3 && zero < 0.7) s.append(svg('text', {x: left + 164 * zero, y: y + 18, style: 'font-size:9px', 'text-anchor': 'middle'}, '0'));
   root.append(s);
   if (d.caption) {

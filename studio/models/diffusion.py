@@ -13,6 +13,8 @@ from torch import nn
 
 from studio.errors import RequestError
 from studio.models.base import FromSource
+from studio.models.compiled import CompiledUNet
+from studio.models.device import channels_last
 from studio.models.hooks import Tape, watch
 from studio.models.loading import Source, parameter_bytes
 from studio.models.sampling import Conditioning, Plan, denoise, first_latents, guided, raw_output
@@ -34,20 +36,29 @@ class DiffusionModel(FromSource):
     """A loaded pipeline of diffusers: its parts, and the operations that methods are made of.
 
     Text encoders are the parts "text" and, for SDXL, "text2"; everything is in evaluation mode and needs no
-    gradient.
+    gradient. `dtype` is the UNet's number type; what else is in it models/precision.py says.
     """
 
     def __init__(self, pipe: Any, source: Source, device: str, dtype: torch.dtype) -> None:
         self.pipe, self.source = pipe, source
         self.device, self.dtype = torch.device(device), dtype
-        self.unet, self.vae = pipe.unet, pipe.vae
+        self.unet, self.vae = channels_last(pipe.unet, device), channels_last(pipe.vae, device)
         self.encoders: dict[str, nn.Module] = {"text": pipe.text_encoder}
         self.tokenizers: dict[str, Any] = {"text": pipe.tokenizer}
         if getattr(pipe, "text_encoder_2", None) is not None:
             self.encoders["text2"], self.tokenizers["text2"] = pipe.text_encoder_2, pipe.tokenizer_2
         for module in self.components().values():
             module.eval().requires_grad_(False)
+        self.compiled: CompiledUNet | None = None
         self.vae_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def compile(self, backend: str = "inductor") -> None:
+        """From now on forwards of the UNet that nothing watches are compiled."""
+        self.compiled = CompiledUNet(self.unet, backend)
+
+    def run_unet(self, *args: Any, **options: Any) -> Any:
+        """The UNet's forward, compiled where that was asked for and can be."""
+        return (self.compiled or self.unet)(*args, **options)
 
     @property
     def provides(self) -> frozenset[str]:
@@ -155,7 +166,7 @@ class DiffusionModel(FromSource):
                     states.append(encoder(ids.input_ids.to(self.device), attention_mask=mask)[0])
             if tapes[part].touched != set(modules):
                 raise RuntimeError(f"sites that never ran: {set(modules) - tapes[part].touched}")
-        return Conditioning(torch.cat(states, dim=-1).to(self.dtype), pooled), tapes
+        return Conditioning(torch.cat(states, dim=-1), pooled), tapes
 
     def unconditional(self, rows: int, plan: Plan, negative: str | None = None) -> Conditioning | None:
         """States of the unconditional rows, or None when the plan needs none."""
@@ -192,9 +203,7 @@ class DiffusionModel(FromSource):
             depth = max(depth, len(hidden))
             pooled = out[0] if out[0].ndim == 2 else pooled
         states = [torch.cat([s, s[-1:].expand(depth - len(s), -1, -1)]) for s in states]
-        return Conditioning(
-            torch.cat(states, dim=-1).to(self.dtype), None if pooled is None else pooled.expand(depth, -1)
-        )
+        return Conditioning(torch.cat(states, dim=-1), None if pooled is None else pooled.expand(depth, -1))
 
     # ---- images -------------------------------------------------------------------------------------------
 
@@ -226,6 +235,14 @@ class DiffusionModel(FromSource):
             raise RuntimeError(f"sites that never ran: {set(sites) - tape.touched}")
         changes = (zeroed - clean).abs().amax((1, 2, 3)).tolist()
         return {f"{k} ({names[k][0]} and the like)": c for k, c in zip(kinds, changes, strict=True)}
+
+    @torch.no_grad()
+    def one_row(self, params: Any) -> None:
+        """One step and the image of one row at the size that a method's parameters ask for, with the two
+        other rows that may stand beside it: what a row of a batch takes."""
+        plan = self.plan(params)
+        x, cond = first_latents(self, plan, [0] * 3), self.encode([""])[0].rows([0] * 3)
+        self.decode(raw_output(self, x, torch.tensor(500, device=self.device), cond, plan)[:1])
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, chunk: int = 16) -> np.ndarray:

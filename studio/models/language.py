@@ -54,6 +54,23 @@ class Prompt:
         return tuple(i for i, (a, b) in enumerate(self.offsets) if a == b)
 
 
+class WholeHead(nn.Module):
+    """The output matrix of a language model, applied in float32 to states in half precision.
+
+    Logits of 16 and more lie 0.125 apart in bfloat16, so probabilities of them would be steps. Shares the
+    weights, so that a matrix that is also the embedding stays one.
+    """
+
+    def __init__(self, head: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = head.weight, head.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """Logits (..., vocabulary) float32 of states (..., width)."""
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(states.float(), self.weight.float(), bias)
+
+
 class LanguageModel(OneNetwork):
     """A causal language model from a folder, in evaluation mode and without gradients, with its tokenizer.
 
@@ -90,6 +107,9 @@ class LanguageModel(OneNetwork):
         self.blocks = language_blocks(self.net, self.family)
         self.embedding, self.final_norm = (self._module("", kind) for kind in ("embedding", "norm"))
         self.head = self.net.get_output_embeddings()
+        if self.head.weight.dtype in (torch.float16, torch.bfloat16):
+            self.head = WholeHead(self.head)
+            self.net.set_output_embeddings(self.head)
         own = getattr(tokenizer, "model_max_length", None) or 10**9
         self.max_length = min(int(self.net.config.max_position_embeddings), int(own))
 

@@ -7,6 +7,7 @@ from typing import Any
 from studio.errors import RequestError, StudioError
 from studio.models.base import self_check
 from studio.models.loading import Source, load_diffusion, loaded_bytes
+from studio.models.precision import held_as
 
 DTYPES = ("auto", "float32", "float16", "bfloat16", "int8", "int4")
 QUANTIZED = ("int8", "int4")  # of language models; everything else is float32 then
@@ -14,6 +15,7 @@ QUANTIZED = ("int8", "int4")  # of language models; everything else is float32 t
 
 def needed_bytes(source: Source, dtype: str) -> int:
     """Bytes of a model's weights in memory once loaded as `dtype`, after checking that no file is broken."""
+    dtype = held_as(source.kind, dtype)
     if dtype in QUANTIZED and source.kind == "language":
         return loaded_bytes(source.path, "float16") // (2 if dtype == "int8" else 3)  # embeddings stay whole
     return loaded_bytes(source.path, "float32" if dtype in QUANTIZED else dtype)

@@ -272,10 +272,11 @@ _SIZES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 
 
 def loaded_bytes(folder: Path, dtype: str = "float32") -> int:
-    """Bytes of all weights once they are loaded as `dtype`, after checking that no file is broken."""
-    size = 4 if dtype == "float32" else 2
+    """Bytes of all weights once they are loaded as `dtype` (text encoders of pipelines are float32 always),
+    after checking that no file is broken."""
     total = 0
-    for files in weight_files(folder).values():
+    for part, files in weight_files(folder).items():
+        size = 4 if dtype == "float32" or part.startswith("text_encoder") else 2
         for file in files:
             for _, stored, _, first, last in tensors_of(file):
                 floating = stored in ("F64", "F32", "F16", "BF16")
@@ -294,13 +295,16 @@ def load_diffusion(source: Source, device: str, dtype: Any) -> Any:
     from safetensors import SafetensorError
 
     from studio.models.diffusion import DiffusionModel
+    from studio.models.precision import loop_dtype
 
     loaded_bytes(source.path)
     try:
         diffusers.utils.logging.disable_progress_bar()
         transformers.utils.logging.disable_progress_bar()
         if source.path.is_file():
-            pipe = load_checkpoint(source.path, source.family, dtype)
+            pipe = load_checkpoint(source.path, source.family, loop_dtype(dtype))
+            for part in (pipe.unet, pipe.vae):
+                part.to(dtype)
         else:
             pipe = diffusers.DiffusionPipeline.from_pretrained(source.path, **_options(source, dtype))
         pipe.to(torch.device(device))
@@ -316,8 +320,10 @@ def load_diffusion(source: Source, device: str, dtype: Any) -> Any:
 
 def _options(source: Source, dtype: Any) -> dict[str, Any]:
     """What diffusers is told of a pipeline's folder."""
+    from studio.models.precision import part_dtypes
+
     options: dict[str, Any] = {
-        "dtype": dtype,
+        "dtype": part_dtypes(dtype),
         "use_safetensors": True,
         "local_files_only": True,
         "low_cpu_mem_usage": True,

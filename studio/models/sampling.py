@@ -18,6 +18,7 @@ import torch
 from studio.errors import RequestError
 from studio.models.catalog import SCHEDULERS
 from studio.models.hooks import watch
+from studio.models.precision import loop_dtype
 from studio.models.sites import text_reads, unet_module
 from studio.types import Patch, Site
 
@@ -108,7 +109,8 @@ def predict(
 def raw_output(
     model: DiffusionModel, x: torch.Tensor, t: torch.Tensor, cond: Conditioning, plan: Plan
 ) -> torch.Tensor:
-    """The UNet's own output for rows of scaled latents `x` and text states `cond`."""
+    """The UNet's own output for rows of scaled latents `x` and text states `cond`, in the number type of
+    `x`; the UNet itself computes in its own."""
     added, timestep_cond = None, None
     if cond.pooled is not None:
         ids = [plan.height, plan.width, 0, 0, plan.height, plan.width]
@@ -116,15 +118,17 @@ def raw_output(
         added = {"text_embeds": cond.pooled, "time_ids": ids.repeat(len(x), 1)}
     if (width := model.unet.config.time_cond_proj_dim) is not None:
         w = torch.tensor(plan.guidance - 1).repeat(len(x))
-        timestep_cond = model.pipe.get_guidance_scale_embedding(w, embedding_dim=width).to(x.device, x.dtype)
-    return model.unet(
-        x,
+        timestep_cond = model.pipe.get_guidance_scale_embedding(w, embedding_dim=width).to(
+            x.device, model.dtype
+        )
+    return model.run_unet(
+        x.to(model.dtype),
         t,
-        encoder_hidden_states=cond.states,
+        encoder_hidden_states=cond.states.to(model.dtype),
         timestep_cond=timestep_cond,
         added_cond_kwargs=added,
         return_dict=False,
-    )[0]
+    )[0].to(x.dtype)
 
 
 def guided(model: DiffusionModel, plan: Plan) -> bool:
@@ -137,9 +141,9 @@ def first_latents(model: DiffusionModel, plan: Plan, seeds: Iterable[int]) -> to
     """Unscaled starting noise, one CPU generator a seed, so that every device starts from the same
     numbers."""
     shape = (model.unet.config.in_channels, plan.height // model.vae_factor, plan.width // model.vae_factor)
+    kind = loop_dtype(model.dtype)
     rows = [
-        torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(s), dtype=model.dtype)
-        for s in seeds
+        torch.randn((1, *shape), generator=torch.Generator("cpu").manual_seed(s), dtype=kind) for s in seeds
     ]
     return torch.cat(rows).to(model.device)
 
@@ -246,9 +250,8 @@ def trajectory(
         plan.height // model.vae_factor,
         plan.width // model.vae_factor,
     )
-    latents = torch.cat([torch.randn(shape, generator=g, dtype=model.dtype) for g in generators]).to(
-        model.device
-    )
+    kind = loop_dtype(model.dtype)
+    latents = torch.cat([torch.randn(shape, generator=g, dtype=kind) for g in generators]).to(model.device)
     latents = latents * scheduler.init_noise_sigma
     step_options = _step_options(scheduler, generators)
     modules = {p.site: unet_module(model.unet, p.site) for p in patches}
