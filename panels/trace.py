@@ -98,8 +98,8 @@ def _outputs() -> dict[str, Any]:
         with gr.Tab("Map", id="map"), gr.Column(min_width=320):
             out["figure"] = heatmap.HeatMap(HINT, elem_id="trace-figure")
             out["scale"] = gr.Textbox(
-                label="Colour scale",
-                placeholder="the map's own; low, high (such as -0.1, 0.5): the same in several runs",
+                label="Colour scale: low, high (the same in several runs)",
+                placeholder="the map's own, or -0.1, 0.5",
                 max_length=60,
                 max_lines=1,
                 elem_id="trace-scale",
