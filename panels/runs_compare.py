@@ -12,6 +12,7 @@ from panels.running import QUIET, STREAM
 from panels.runs_form import COMPARED, TICK
 from panels.runs_view import said_in
 from studio.errors import RequestError, StudioError
+from studio.figures import scaled
 from studio.registry import find_method
 from studio.run_difference import (
     FIGURE,
@@ -21,6 +22,7 @@ from studio.run_difference import (
     compare_images,
     compare_recipes,
 )
+from studio.run_index import Summary
 from studio.session import Session
 from studio.types import Figure, Run
 
@@ -77,7 +79,7 @@ class Compare:
         update = {
             self.pair: pair,
             out["compared"]: "\n".join(
-                f"{which}: {runs_view.headline(run).splitlines()[0]}"
+                f"{which}: {_asked(run)}. {runs_view.headline(run).splitlines()[0]}"
                 for which, run in (("First", first), ("Second", second))
             )
             + ("" if rows else "\nTheir recipes are the same."),
@@ -124,9 +126,8 @@ class Compare:
         titles = ("First", "Second", "Second minus first")
         for name, title in zip(COMPARED, titles, strict=True):
             figure = getattr(found, name)
-            shown = Figure("heat", figure.data, caption=title)
-            value = heatmap.as_value(shown, True) | {"limit": found.limit}
-            update[out[f"map_{name}"]] = gr.update(value=value, visible=True)
+            shown = scaled(Figure("heat", figure.data, caption=title), (-found.limit, found.limit))
+            update[out[f"map_{name}"]] = gr.update(value=heatmap.as_value(shown, True), visible=True)
         return update | {out["difference_said"]: gr.update(value=found.said, visible=True)}
 
     def images(self, first: Run, second: Run, name: str) -> dict[Any, Any]:
@@ -146,6 +147,11 @@ class Compare:
         pictures = dict(zip(COMPARED, (one, two, minus), strict=True))
         shown = widgets.shown_pictures(fields, pictures, COMPARED[:2])
         return shown | {out["picture_said"]: gr.update(value=f"{name}: {said}", visible=True)}
+
+
+def _asked(run: Run) -> str:
+    """What a run was asked, in a line."""
+    return Summary(run.id, run.recipe.method, inputs=run.recipe.inputs).title[:120]
 
 
 def _figure(run: Run) -> Figure:

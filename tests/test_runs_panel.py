@@ -398,7 +398,8 @@ def test_two_ticked_runs_are_compared(panel: runs._Panel, ids: list[str]) -> Non
     assert update[tab.pair] == ids[:2]
     assert update[panel.out["recipes"]]["value"]["data"] == [["prompt", "a red star", "a blue star"]]
     values = {n: update[panel.out[f"map_{n}"]]["value"] for n in COMPARED}
-    assert values["difference"]["z"] == [[0.0, 1.0, 2.0]] and {v["limit"] for v in values.values()} == {4.0}
+    assert values["difference"]["z"] == [[0.0, 1.0, 2.0]]
+    assert {tuple(v["scale"]) for v in values.values()} == {(-4.0, 4.0)}
     assert "Largest difference 2 at c" in said(panel, update, "difference_said")
     assert "largest 20 of 255" in said(panel, update, "picture_said")
     assert tab.compare(ids[0], [ids[1]])[tab.pair] == ids[:2]
@@ -425,19 +426,19 @@ def test_what_can_not_be_compared_is_said(panel: runs._Panel, ids: list[str], st
 def test_a_grid_of_images_and_one_of_numbers(panel: runs._Panel, ids: list[str], store: Store) -> None:
     saved(store, 4, "a red star", guidance=5.0)
     tab = Grid(panel, panel.out)
-    update = tab.draw("images", "", "", "", *ALL)
+    update = tab.draw("images", "", "", [], *ALL)
     assert said(panel, update, "grid_said") == "4 runs: 3 × 2, 2 of them empty."
     assert update[panel.out["grid_figure"]]["value"].width > 200
     assert Path(update[panel.out["grid_png"]].value["path"]).read_bytes()[:4] == b"\x89PNG"
-    numbers = tab.draw("total", "prompt", "guidance", "", *ALL)
+    numbers = tab.draw("total", "prompt", "guidance", [], *ALL)
     value = numbers[panel.out["grid_map"]]["value"]
     assert value["rows"] == ["a blue star", "a red house", "a red star"] and value["cols"] == ["5", "none"]
     assert value["z"] == [[None, 2.0], [None, 3.0], [4.0, 1.0]]
-    click = tab.pick(event(row=2, col=1), "total", "prompt", "guidance", "", *ALL)
+    click = tab.pick(event(row=2, col=1), "total", "prompt", "guidance", [], *ALL)
     assert click[panel.chosen] == ids[0]
     for bad, says in ((event(row=0, col=0), "No run is at this place"), (event(row=9, col=0), "no cell")):
-        assert says in said(panel, tab.pick(bad, "total", "prompt", "guidance", "", *ALL), "grid_said")
-    ticked = tab.draw("images", "", "", "", *query(ticked=(ids[0],), words="house"))
+        assert says in said(panel, tab.pick(bad, "total", "prompt", "guidance", [], *ALL), "grid_said")
+    ticked = tab.draw("images", "", "", [], *query(ticked=(ids[0],), words="house"))
     assert said(panel, ticked, "grid_said").startswith("1 run: 1 × 1")
 
 
@@ -445,9 +446,9 @@ def test_a_grid_of_nothing_or_of_too_much(
     panel: runs._Panel, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tab = Grid(panel, panel.out)
-    assert said(panel, tab.draw("images", "", "", "", *query(words="absent")), "grid_said") == runs_form.GRID
+    assert said(panel, tab.draw("images", "", "", [], *query(words="absent")), "grid_said") == runs_form.GRID
     monkeypatch.setattr("panels.runs_grid.MOST_RUNS", 2)
-    assert "search or tick at most 2" in said(panel, tab.draw("images", "", "", "", *ALL), "grid_said")
+    assert "search or tick at most 2" in said(panel, tab.draw("images", "", "", [], *ALL), "grid_said")
 
 
 # ---- the store --------------------------------------------------------------------------------------------
