@@ -161,6 +161,22 @@ def listen(host: str, port: int) -> socket.socket:
     return opened
 
 
+def _server(app: Any, ready: Callable[[], Any]) -> Any:
+    """uvicorn's server of the application. ready: called in a thread of its own once it answers, so that
+    what is loaded then does not keep the page waiting."""
+    import threading
+
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if not self.should_exit:
+                threading.Thread(target=ready, name="warm-up", daemon=True).start()
+
+    return Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
+
+
 def warm_up(session: Session) -> None:
     """Loads the embedded model in the background, so that the first Run starts at once."""
     session.submit(
@@ -186,17 +202,13 @@ def serve_forever(
     mcp: bool = False,
 ) -> int:
     """Serves until interrupted; prints the address when it is ready."""
-    import uvicorn
-
     opened = listen(host, port)
     session.store.sweep_leftovers()
     exports.sweep()
     Uploads(session.store).sweep()
-    warm_up(session)
     app = new_app(session, host, auth, mcp=mcp)
     url = f"http://{'[' + host + ']' if ':' in host else host}:{opened.getsockname()[1]}"
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
-
+    server = _server(app, lambda: warm_up(session))
     print(f"Locus is at {url}  (Ctrl+C ends it; runs are kept in {Path(session.store.root)})", flush=True)
     if mcp:
         print(f"Tools for assistants (MCP) are at {url}/gradio_api/mcp/", flush=True)

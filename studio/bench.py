@@ -172,8 +172,79 @@ def command_line(session: Any, settings: Any, say: Say) -> list[Row]:
     return help_time()
 
 
+def server_start(session: Any, settings: Any, say: Say) -> list[Row]:
+    """How soon the server and its first image are there."""
+    from tempfile import TemporaryDirectory
+
+    from studio import start_race
+
+    with TemporaryDirectory(prefix="locus-bench-") as folder:
+        return start_race.server_start(Path(folder), session.threads)
+
+
+def _numbers() -> Callable[..., Any]:
+    """Random tensors of any shape, the same in every run; one thread from here on."""
+    import torch
+
+    torch.set_num_threads(1)
+    generator = torch.Generator("cpu").manual_seed(0)
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(shape, generator=generator)
+
+    return draw
+
+
+def growth(session: Any, settings: Any, say: Say) -> list[Row]:
+    """How costs grow (studio/growth_race.py)."""
+    from studio import growth_race
+
+    numbers, model = _numbers(), session.model("atlas-sd", "diffusion")
+    return growth_race.language_growth(numbers) + growth_race.image_growth(model, numbers)
+
+
+def fewest_operations(session: Any, settings: Any, say: Say) -> list[Row]:
+    """Operations above the fewest that the answer needs."""
+    from studio import growth_race
+
+    numbers, model = _numbers(), session.model("atlas-sd", "diffusion")
+    return growth_race.language_floor(numbers) + growth_race.image_floor(model, numbers)
+
+
+def forward_shares(session: Any, settings: Any, say: Say) -> list[Row]:
+    """How much of the time is forwards (studio/share_race.py)."""
+    from studio import share_race
+
+    numbers, model = _numbers(), session.model("atlas-sd", "diffusion")
+    return share_race.image_shares(model) + share_race.language_shares(numbers)
+
+
+def memory(session: Any, settings: Any, say: Say) -> list[Row]:
+    """Memory over a plain run, each method in a process of its own."""
+    from studio import share_race
+
+    return share_race.memory_growth(session.threads)
+
+
+def slow_ways(session: Any, settings: Any, say: Say) -> list[Row]:
+    """Fast ways beside the references of the tests (studio/naive_race.py)."""
+    from studio import naive_race as race
+
+    numbers = _numbers()
+    image, language = session.model("atlas-sd", "diffusion"), session.model("atlas-llama", "language")
+    rows = (
+        race.text_span(numbers)
+        + race.align(numbers)
+        + race.contributions(numbers)
+        + race.context_use(language)
+    )
+    rows += race.trace_unet(image) + race.localize(image) + race.word_maps(image)
+    return rows + race.fisher(image)
+
+
 ENTRIES: tuple[Entry, ...] = (
     Entry("help", "", command_line),
+    Entry("server-start", "", server_start),
     Entry("solver-sd1", "", _solver("sd1")),
     Entry("solver-sdxl", "", _solver("sdxl")),
     Entry("locogen-cost", "", _on_atlas("locogen")),
@@ -187,6 +258,11 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("knockout-40", "", _language("knockout_race", 60, tokens=40)),
     Entry("knockout-240", "", _language("knockout_race", 200, tokens=240)),
     Entry("decompose-cost", "", decomposition_cost),
+    Entry("slow-ways", "", slow_ways),
+    Entry("forward-shares", "", forward_shares),
+    Entry("operations", "", fewest_operations),
+    Entry("memory", "", memory),
+    Entry("growth", "", growth),
     Entry("planted-truth", "planted", planted_truth),
     Entry("planted-components", "planted", planted_components),
     Entry("planted-vision", "planted", planted_vision),

@@ -12,7 +12,6 @@ import numpy as np
 from studio.edits import Active, compose, overlay
 from studio.errors import RequestError
 from studio.exports import write_pipeline
-from studio.models.sites import stored_text_name
 from studio.store import write_tensors
 from studio.types import Edit
 
@@ -49,6 +48,8 @@ def lora_tensors(deltas: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
     RequestError for what a LoRA can't hold: a bias, or a change of high rank.
     """
+    from studio.models.sites import stored_text_name
+
     parts: dict[str, dict[str, tuple[Any, Any]]] = {}
     for name, delta in deltas.items():
         part, module = name.split(".", 1)

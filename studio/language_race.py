@@ -23,14 +23,15 @@ SAMPLED = 20  # cells of the naive way that are timed
 Numbers = Callable[..., Any]  # a random float32 tensor of that shape, standard normal
 
 
-def random_llama(numbers: Numbers) -> Any:
-    """A Llama of 12 layers, width 512 and 8 heads with random weights, as a LanguageModel."""
+def random_llama(numbers: Numbers, **size: int) -> Any:
+    """A Llama of 12 layers, width 512 and 8 heads with random weights, as a LanguageModel. size: what is to
+    be otherwise, in the words of its configuration."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from studio.models.language import LanguageModel
 
-    net = LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=False))
+    net = LlamaForCausalLM(LlamaConfig(**LLAMA | size, tie_word_embeddings=False))
     with torch.no_grad():
         for name, parameter in net.named_parameters():
             if parameter.dim() == 2:  # a sharp head, so that probabilities differ

@@ -213,6 +213,7 @@ def test_every_entry_of_the_text_to_image_methods_runs(session: Any, monkeypatch
         )
     monkeypatch.setattr(diffusion_race, "help_time", lambda: given.setdefault("help", []) or [])
     others = ("language-", "knockout-", "decompose-")  # tests/test_bench_races.py
+    others += ("server-", "slow-", "forward-", "operations", "memory", "growth")  # test_bench_costs.py
     for entry in (e for e in chosen((), ()) if not e.name.startswith(others)):
         assert entry.run(session, None, print) == []
     assert set(given) >= {"locogen", "unet_trace", "screen_rows", "text_trace", "attribution", "help"}

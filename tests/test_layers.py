@@ -43,6 +43,8 @@ LEVELS = {
     ),
     **dict.fromkeys(("studio", "studio.bench", "studio.planted"), 6),
     **dict.fromkeys(("studio.planted_components", "studio.planted_vision", "studio.diffusion_race"), 6),
+    **dict.fromkeys(("studio.start_race", "studio.growth_race", "studio.share_race"), 6),
+    **dict.fromkeys(("studio.naive_race", "studio.bench_page"), 6),
     **dict.fromkeys(("studio.spurious_correlation", "studio.real_shapes"), 6),
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.run_commands", "studio.options", "launch"), 8),

@@ -1,0 +1,302 @@
+"""The benchmark of costs: starts, growth, floors, shares, memory, slow ways; at small sizes."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from studio import bench, growth_race, naive_race, share_race, start_race
+from studio.bench import ENTRIES
+from studio.errors import RequestError, StudioError
+from tests import layouts
+from tests.test_bench import KEYS
+
+SERVER = """
+import http.server, sys
+class Page(http.server.BaseHTTPRequestHandler):
+    def say(self, text):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+    def do_GET(self):
+        self.say("event: %s" % sys.argv[1] if "generate" in self.path else "ok")
+    def do_POST(self):
+        assert self.path == "/gradio_api/call/v2/generate"
+        sent = self.rfile.read(int(self.headers["Content-Length"]))
+        assert b'"steps": 3' in sent and b"a red star" in sent
+        self.say('{"event_id": "7"}')
+    def log_message(self, *words):
+        pass
+opened = http.server.HTTPServer(("127.0.0.1", 0), Page)
+print(f"Locus is at http://127.0.0.1:{opened.server_port}  (Ctrl+C ends it)", flush=True)
+opened.serve_forever()
+"""
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The entries set one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Any:
+    return layouts.model("sd1")
+
+
+def numbers() -> Any:
+    generator = torch.Generator("cpu").manual_seed(0)
+    return lambda *shape: torch.randn(shape, generator=generator)
+
+
+def hold(rows: list[dict[str, Any]], *names: str) -> None:
+    """Rows of the contract's form, with a finite value and no bar; of these names."""
+    assert [r["name"] for r in rows] == list(names)
+    for found in rows:
+        assert list(found) == KEYS and found["how"] and found["unit"]
+        assert math.isfinite(found["value"]) and found["bar"] is None and found["holds"] is None
+
+
+# ---- starts -----------------------------------------------------------------------------------------------
+
+
+def fake(monkeypatch: pytest.MonkeyPatch, *words: str) -> list[list[str]]:
+    """Another program in the place of the server; the commands that were asked for."""
+    asked, real = [], start_race.started
+
+    def started(command: list[str]) -> Any:
+        asked.append(command)
+        return real([sys.executable, "-c", *words])
+
+    monkeypatch.setattr(start_race, "started", started)
+    return asked
+
+
+def test_a_server_is_timed_from_its_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked = fake(monkeypatch, SERVER, "complete")
+    ready, image = start_race.server_start(tmp_path, 1, rounds=2, steps=3)
+    assert len(asked) == 2 and asked[0][1:4] == ["-m", "studio.cli", "serve"]
+    assert asked[0][-6:] == ["--port", "0", "--runs", str(tmp_path), "--threads", "1"]
+    assert ready["bar"] == 8 and ready["holds"] is True and 0 < ready["value"] < image["value"]
+    hold([image], "server's first image")
+    monkeypatch.setattr(start_race, "READY_BAR", 1e-9)
+    assert start_race.server_start(tmp_path, 1, rounds=1, steps=3)[0]["holds"] is False
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("raise SystemExit(3)",), "ended with status 3; run `locus serve --port 0`"),
+        ((SERVER, "error"), "drew no image .status 200, 'event: error'.; run `locus generate`"),
+        (("print('http://127.0.0.1:1', flush=True); raise SystemExit(4)",), "ended with status 4"),
+    ],
+)
+def test_a_server_that_fails_is_said(
+    words: tuple, sentence: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake(monkeypatch, *words)
+    with pytest.raises(StudioError, match=sentence):
+        start_race.one_start(tmp_path, 1, 3)
+
+
+def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake(monkeypatch, "import time; print('http://127.0.0.1:1', flush=True); time.sleep(60)")
+    monkeypatch.setattr(start_race, "PATIENCE", 0.2)
+    started = time.perf_counter()
+    with pytest.raises(StudioError, match="did not answer within 0.2 s"):
+        start_race.one_start(tmp_path, 1, 3)
+    assert time.perf_counter() - started < 30  # ended, not waited for
+
+
+# ---- growth and floors ------------------------------------------------------------------------------------
+
+
+def test_exponents_and_operations() -> None:
+    assert growth_race.exponent([1, 2, 4], [3, 12, 48]) == pytest.approx(2)
+    assert growth_race.exponent([10, 20], [5, 5]) == pytest.approx(0)
+    left, right = torch.ones(3, 5), torch.ones(5, 7)
+    assert growth_race.operations(lambda: left @ right) == 2 * 3 * 5 * 7
+
+
+def test_growth_is_fitted_to_seconds_with_operations_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"2": 1.0, "4": 8.0, "8": 64.0}
+    monkeypatch.setattr(growth_race, "quickest", lambda calls, rounds, cpu: {n: seconds[n] for n in calls})
+    case = growth_race.Growth(
+        "x in n", (2, 4, 8), lambda n: lambda: torch.ones(n, n) @ torch.ones(n, 1), 2, "w"
+    )
+    found = growth_race.grown(case, 1)
+    hold([found], "growth: x in n")
+    assert found["value"] == pytest.approx(3) and "operations 2.00; theory 2: w" in found["how"]
+
+
+def test_every_growth_runs(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    made: list[str] = []
+
+    def grown(case: Any, rounds: int) -> dict[str, Any]:
+        assert len(case.sizes) == 3
+        made.append(case.name)
+        size = {"in layers": 2, "in tokens": 8}.get(case.name[-9:], 1)
+        assert growth_race.operations(case.make(size)) > 0
+        return {}
+
+    monkeypatch.setattr(growth_race, "grown", grown)
+    monkeypatch.setattr(growth_race, "SMALL", {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 90})
+    growth_race.language_growth(numbers())
+    growth_race.image_growth(tiny, numbers())
+    assert {n.rsplit(" ", 1)[1] for n in made} == {"tokens", "layers", "seeds", "images"} and len(made) == 8
+
+
+def test_operations_of_language_methods_are_near_their_floor_and_never_below() -> None:
+    found = growth_race.language_floor(numbers(), tokens=12, layers=4)
+    hold(found, "operations: trace-language", "operations: knockout")
+    assert all(1 <= f["value"] < 2 for f in found)
+
+
+def test_the_floor_of_a_small_trace_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers, one token after the subject's first: each cell is one last layer without its queries, keys
+    and values."""
+    monkeypatch.setattr(growth_race, "SMALL", {"hidden_size": 16, "intermediate_size": 8, "vocab_size": 50})
+    monkeypatch.setattr(growth_race, "SUBJECT", (1, 1))
+    out_and_mlp = 2 * (16 * 16 + 3 * 16 * 8)
+    cells = growth_race.SAMPLES * 2
+    assert growth_race.trace_floor(numbers(), 3, 2) == cells * (out_and_mlp + 2 * 16 * 50)
+    every = 2 * 4 * 16 * 16 + 2 * 3 * 16 * 8  # windows of three layers start at 0, 0, 1
+    knockouts = 3 * (3 * every + 3 * every + 2 * every - 3 * 2 * 3 * 16 * 16 + 3 * 2 * 16 * 50)
+    assert growth_race.knockout_floor(numbers(), 3, 3) == knockouts
+
+
+def test_rows_of_image_methods_are_those_of_their_images(tiny: Any) -> None:
+    found = growth_race.image_floor(tiny, numbers(), steps=2, rows=4)
+    hold(found, "operations: trace-unet", "operations: word-maps", "operations: decompose")
+    assert 1 <= found[0]["value"] < 1.5 and found[1]["value"] == 1 and 1 < found[2]["value"] < 1.1
+
+
+# ---- shares and memory ------------------------------------------------------------------------------------
+
+
+def test_time_in_forwards_is_the_outermost_alone_and_modules_are_left_as_they_were() -> None:
+    class Busy(torch.nn.Module):
+        def forward(self, inner: Any = None) -> None:
+            until = time.process_time() + 0.05
+            while time.process_time() < until:
+                pass
+            if inner:
+                inner()
+
+    outer, inner = Busy(), Busy()
+    started = time.process_time()
+    with share_race.forward_time([outer, inner]) as seconds, pytest.raises(KeyError):
+        outer(inner)
+        whole = time.process_time() - started
+        raise KeyError
+    assert 0.1 <= seconds[0] <= whole and not {"forward", "decode"} & set(vars(outer))
+
+
+def test_shares_of_image_methods(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = list(share_race.image_calls(tiny, 2, 4))
+    assert names == ["plain images", "trace-unet", "trace-text-encoder", "localize", "word-maps"]
+    calls = share_race.image_calls(tiny, 2, 4)
+    monkeypatch.setattr(
+        share_race,
+        "image_calls",
+        lambda *_: {"plain images": calls["plain images"], "none": lambda: sum(range(200_000))},
+    )
+    found = share_race.image_shares(tiny, steps=2, rows=4, rounds=1)
+    hold(found, "share of forwards: plain images", "share of forwards: none")
+    assert 0.3 < found[0]["value"] <= 1 and found[1]["value"] == 0
+
+
+def test_every_image_method_of_the_shares_runs(tiny: Any) -> None:
+    for call in share_race.image_calls(tiny, 1, 8).values():
+        with share_race.forward_time([tiny.unet]) as inside:
+            call()
+        assert inside[0] > 0
+
+
+def test_shares_of_language_methods() -> None:
+    found = share_race.language_shares(numbers(), tokens=12, layers=3, rounds=1)
+    hold(found, *(f"share of forwards: {n}" for n in ("trace-language", "knockout", "contributions")))
+    assert all(0 < f["value"] < 2 for f in found)
+
+
+def test_memory_is_measured_in_a_process_of_its_own() -> None:
+    before = share_race.peak()
+    block = bytearray(200_000_000)
+    block[::4096] = b"x" * len(block[::4096])
+    assert share_race.peak() - before > 100_000_000  # kept although it is freed now
+    del block
+    (found,) = share_race.memory_growth(1, ["contributions"])
+    hold([found], "memory: contributions")
+    assert 0 <= found["value"] < 0.3 and "one forward of 16 prompts" in found["how"]
+
+
+# ---- slow ways --------------------------------------------------------------------------------------------
+
+
+def test_slow_ways_at_small_sizes(tiny: Any, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = naive_race.beside
+    monkeypatch.setattr(naive_race, "beside", lambda *args: real(*args, rounds=1))
+    rows = naive_race.text_span(numbers(), 60, 20, 30, 8) + naive_race.align(numbers(), 60, 12, 8)
+    rows += naive_race.contributions(numbers(), 12, 2)
+    rows += naive_race.context_use(session.model("atlas-llama", "language"))
+    for race in (naive_race.trace_unet, naive_race.localize, naive_race.word_maps, naive_race.fisher):
+        rows += race(tiny, steps=2)
+    names = ["text-span", "align, closed form", "contributions", "context-use", "trace-unet", "localize"]
+    hold(rows, *(f"beside the slow way: {n}" for n in [*names, "word-maps", "passport, Fisher scores"]))
+    assert all(r["value"] > 0 for r in rows)
+
+
+def test_the_slow_way_counts_as_often_as_it_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(naive_race, "quickest", lambda c, rounds, cpu: {"fast": 2.0, "slow": 3.0})
+    found = naive_race.beside("x", lambda: calls.append("fast"), lambda: calls.append("slow"), 10, "y")
+    assert found["value"] == 15 and calls == ["fast", "slow"] and "2 s to 30 s" in found["how"]
+
+
+def test_without_the_references_it_is_said_where_they_are() -> None:
+    with pytest.raises(RequestError, match="tests/references/nothing.py. is not installed; run it in a"):
+        naive_race.reference("nothing")
+    assert naive_race.reference("naive_text_span").naive_text_span
+
+
+# ---- entries ----------------------------------------------------------------------------------------------
+
+
+def test_entries_hand_their_models_over(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, tuple] = {}
+    races = {
+        start_race: ("server_start",),
+        growth_race: ("language_growth", "image_growth", "language_floor", "image_floor"),
+        share_race: ("image_shares", "language_shares", "memory_growth"),
+        naive_race: ("text_span", "align", "contributions", "context_use", "trace_unet", "localize"),
+    }
+    races[naive_race] += ("word_maps", "fisher")
+    for module, names in races.items():
+        for name in names:
+            monkeypatch.setattr(
+                module, name, lambda *a, name=f"{module.__name__}.{name}": given.setdefault(name, a) and []
+            )
+    names = ("server-start", "slow-ways", "forward-shares", "operations", "memory", "growth")
+    mine = [e for e in ENTRIES if e.name in names]
+    assert len(mine) == 6 and all(e.run(session, None, print) == [] for e in mine)
+    image, language = session.model("atlas-sd", "diffusion"), session.model("atlas-llama", "language")
+    assert given["studio.growth_race.image_growth"][0] is image
+    assert given["studio.naive_race.context_use"] == (language,)
+    folder, threads = given["studio.start_race.server_start"]
+    assert threads == session.threads and not folder.exists()  # gone after the measurement
+    assert given["studio.growth_race.language_floor"][0](2, 3).shape == (2, 3)
+
+
+def test_every_figure_of_issue_7_has_an_entry() -> None:
+    names = {e.name for e in bench.ENTRIES}
+    assert {"help", "server-start", "slow-ways", "forward-shares", "operations", "memory", "growth"} <= names
