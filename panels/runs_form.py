@@ -43,7 +43,7 @@ def form() -> dict[str, Any]:
         found["older"] = gr.Button("Older →", interactive=False, elem_id="runs-older", **small)
         found["refresh"] = gr.Button("Refresh", elem_id="runs-refresh", **small)
     found["drop"] = gr.File(
-        label="Drop an exported figure, run or recipe here", height=130, elem_id="runs-drop"
+        label="Drop an exported figure, run or recipe here", height=170, elem_id="runs-drop"
     )
     return found
 
@@ -158,7 +158,15 @@ def _grid() -> dict[str, Any]:
         )
         out["rows"] = gr.Dropdown([], label="Down", elem_id="runs-grid-rows", **look)
         out["cols"] = gr.Dropdown([], label="Across", elem_id="runs-grid-cols", **look)
-        out["held"] = gr.Dropdown([], label="Which image", visible=False, elem_id="runs-grid-image", **look)
+    out["held"] = gr.Dropdown(
+        [],
+        label="Only",
+        info="Of what else varies, what is shown.",
+        multiselect=True,
+        visible=False,
+        elem_id="runs-grid-only",
+        **look,
+    )
     out["draw"] = gr.Button("Draw the grid", variant="primary", size="sm", elem_id="runs-grid-draw")
     out["grid_said"] = widgets.line(GRID, "runs-grid-said", lines=2)
     out["grid_map"] = heatmap.HeatMap("", elem_id="runs-grid-map", visible=False)

@@ -17,11 +17,11 @@ from studio.errors import RequestError
 from studio.exports import new_folder, write_file
 from studio.figures import to_bytes
 from studio.run_grid import (
-    IMAGE,
     Cell,
     grid,
     image_cells,
     image_figure,
+    several,
     suggested,
     value_cells,
     value_figure,
@@ -70,37 +70,39 @@ class Grid:
         return runs
 
     @said_in("grid_said")
-    def draw(self, shows: str, row: str, col: str, held: str, *query: Any) -> dict[Any, Any]:
+    def draw(self, shows: str, row: str, col: str, held: list | None, *query: Any) -> dict[Any, Any]:
         """Draw was pressed, or what goes where was chosen anew. What no longer varies is chosen anew."""
         out, runs = self.out, self.runs(query)
         made, names, chosen = self.made(runs, shows, row, col, held)
-        varies, (row, col, held) = chosen
+        varies, (row, col, only, others) = chosen
         figure = self.figure(runs, made, shows)
         choices = [_NONE, *((f"{n} ({len(v)})", n) for n, v in varies.items())]
         update = {
             out["shows"]: gr.update(choices=[IMAGES, *names], value=shows if shows in names else IMAGES),
             out["rows"]: gr.update(choices=choices, value=row),
             out["cols"]: gr.update(choices=choices, value=col),
-            out["held"]: gr.update(
-                choices=varies.get(IMAGE, []), value=held, visible=bool(held) and IMAGE not in (row, col)
-            ),
+            out["held"]: gr.update(choices=others, value=only, visible=bool(others)),
             out["grid_said"]: f"{len(runs)} run{'' if len(runs) == 1 else 's'}: {made.said}",
         }
         return update | self.shown(figure)
 
     def made(
-        self, runs: list[Summary], shows: str, row: str, col: str, held: str
-    ) -> tuple[Made, list[str], tuple[dict[str, list[str]], tuple[str, str, str]]]:
-        """(the grid, names of numbers, (what varies, (down, across, which image)))."""
+        self, runs: list[Summary], shows: str, row: str, col: str, held: list[str] | None
+    ) -> tuple[Made, list[str], tuple[dict[str, list[str]], tuple[str, str, list[str], list[str]]]]:
+        """(the grid, names of numbers, (what varies, (down, across, what only is shown, its choices)))."""
         names = value_names(runs)
         cells = value_cells(runs) if shows in names else image_cells(runs)
         varies = varying(cells)
         first, second = suggested(varies)
         if not {row, col} - {""} <= set(varies) or not (row or col):
             row, col = first, second
-        images = varies.get(IMAGE, [])
-        held = (held if held in images else images[0]) if images and IMAGE not in (row, col) else ""
-        return grid(cells, row, col, {IMAGE: held} if held else None), names, (varies, (row, col, held))
+        rest = {n: v for n, v in varies.items() if n not in (row, col)}
+        texts = {f"{n}: {value}": (n, value) for n, values in rest.items() for value in values}
+        only = [text for text in held or [] if text in texts]
+        if not only:  # the first of each, so that no place has more than one
+            only = [f"{n}: {values[0]}" for n, values in rest.items() if several(cells, (row, col), n)]
+        made = grid(cells, row, col, dict(texts[text] for text in only))
+        return made, names, (varies, (row, col, only, list(texts)))
 
     def figure(self, runs: list[Summary], made: Made, shows: str) -> Figure:
         """The grid as a figure: of images, or of a number."""
@@ -135,7 +137,7 @@ class Grid:
 
     @said_in("grid_said")
     def pick(
-        self, event: gr.EventData, shows: str, row: str, col: str, held: str, *query: Any
+        self, event: gr.EventData, shows: str, row: str, col: str, held: list | None, *query: Any
     ) -> dict[Any, Any]:
         """A number was clicked: its run is chosen."""
         made, *_ = self.made(self.runs(query), shows, row, col, held)

@@ -103,6 +103,15 @@ def _ordered(values: list[str]) -> list[str]:
     return sorted(values, key=key)
 
 
+def several(cells: Sequence[Cell], fixed: Sequence[str], name: str) -> bool:
+    """Whether cells that agree in `fixed` differ in `name`."""
+    found: dict[tuple, set[str]] = {}
+    for cell in cells:
+        place = tuple(cell.parts.get(n, "none") for n in fixed if n)
+        found.setdefault(place, set()).add(cell.parts.get(name, "none"))
+    return any(len(values) > 1 for values in found.values())
+
+
 def suggested(varies: Mapping[str, Sequence[str]]) -> tuple[str, str]:
     """What goes down and what across unless a person says so: what has most values of inputs and parameters
     down, seeds across where there are some."""
@@ -148,13 +157,13 @@ def grid(cells: Sequence[Cell], row: str, col: str, held: Mapping[str, str] | No
         key = tuple(cell.parts.get(n, "none") if n else "" for n in (row, col))
         places.setdefault(key, []).append(cell)
     table = [[(places.get((r, c)) or [None])[0] for c in cols] for r in rows]
-    several = sum(len(found) > 1 for found in places.values())
+    shared = sum(len(found) > 1 for found in places.values())
     others = [n for n in varying(kept) if n not in (row, col)]
     missing = len(rows) * len(cols) - len(places)
     said = f"{len(rows)} × {len(cols)}"
     said += f", {missing} of them empty" if missing else ""
-    if several:
-        said += f"; {several} places have more than one, of which the newest is shown"
+    if shared:
+        said += f"; {shared} places have more than one, of which the newest is shown"
         said += f" (also varies: {', '.join(others[:4])})" if others else ""
     return Grid(row, col, rows, cols, table, said + ".")
 

@@ -79,7 +79,8 @@ class Plan:
         parts = [f"{_count(len(self.bin), 'deleted run')}"] if self.bin else []
         if self.runs:
             days = sorted(run.started[:10] for run, _ in self.runs)
-            parts.append(f"{_count(len(self.runs), 'run')} of {days[0]} to {days[-1]}")
+            span = f"{days[0]} to {days[-1]}" if days[0] != days[-1] else days[0]
+            parts.append(f"{_count(len(self.runs), 'run')} of {span}")
         freed = size_text(self.used - self.left)
         short = " Even then it is over, because of runs with a star." if self.left > self.quota else ""
         return f"{used} Pruning would remove {' and '.join(parts)}, {freed}, for good.{short}"

@@ -14,6 +14,7 @@ from studio.run_grid import (
     grid,
     image_cells,
     image_figure,
+    several,
     suggested,
     value_cells,
     value_figure,
@@ -123,3 +124,10 @@ def test_what_can_not_be_drawn() -> None:
     large = np.zeros((2**13, 2**13 + 1, 3), np.uint8)
     with pytest.raises(RequestError, match="too large for one grid"):
         image_figure(grid([Cell({}, "r", "i")], "", ""), lambda cell: large)
+
+
+def test_what_else_varies_within_a_place_is_found() -> None:
+    cells = image_cells([edited(1, "@1"), edited(2, "@2")])
+    assert several(cells, ("strength", "seed"), "prompt") and several(cells, ("prompt", ""), "seed")
+    assert not several(cells, ("strength", "seed"), "model")
+    assert not several(cells, ("prompt", "seed", "strength"), "edits")
