@@ -66,6 +66,31 @@ def test_strength_undo_redo_toggle_and_remove(visit: Visit) -> None:
     page.wait_for_selector("#edit-stack .edit-row.off")
 
 
+def test_a_strength_outside_the_sliders_range(visit: Visit) -> None:
+    page = made(visit)
+    field = page.locator("#edit-strength input[type=number]")
+    field.fill("5")
+    page.wait_for_function("document.querySelector('#edit-strength input[type=range]').max === '5'")
+    field.press("Tab")
+    page.wait_for_function("document.querySelector('#edit-stack .strength')?.textContent === '× 5'")
+    field.fill("500")
+    visit.status("The strength must be a number from -100 to 100", "edit")
+    field.press("Tab")
+    page.wait_for_function("document.querySelector('#edit-strength input[type=number]').value === '5'")
+    assert page.locator("#edit-stack .strength").inner_text() == "× 5"
+
+
+def test_the_audit_offers_the_stacks_concepts(visit: Visit) -> None:
+    page = made(visit)
+    page.locator("#edit-concept textarea").fill("heart")
+    page.click("#edit-run")
+    page.wait_for_function("document.querySelectorAll('#edit-stack .edit-row').length === 2")
+    page.get_by_role("tab", name="Audit", exact=True).click()
+    page.wait_for_function("document.querySelector('#audit-concept input').value === 'heart'")
+    page.locator("#audit-concept input").click()
+    assert page.get_by_role("option").all_inner_texts()[0].strip() == "star"
+
+
 def test_dragging_back_keeps_the_pictures(visit: Visit) -> None:
     page = made(visit)
     slider = page.locator("#edit-strength input[type=range]")

@@ -79,6 +79,25 @@ def test_the_same_text_twice_is_refused(visit: Visit) -> None:
     )
     page.click("#localize-run")
     visit.status("“Replacement” is the prompt itself", "localize")
+    assert "below" not in page.locator("#localize-status textarea").input_value()
+
+
+def test_a_refused_run_says_whose_bars_stay(visit: Visit) -> None:
+    page = ran(visit)
+    page.locator("#localize-window textarea, #localize-window input").first.fill("none")
+    page.click("#localize-run")
+    visit.status("“Window” must be a whole number", "localize")
+    said = page.locator("#localize-status textarea").input_value()
+    assert said.endswith("What is shown below is of the run before.")
+    assert page.locator("#localize-figure .cell").count() == 9
+
+
+def test_each_method_has_its_examples(visit: Visit) -> None:
+    page = opened(visit)
+    for method in ("attribute", "neurons", "passport", "localize"):
+        page.locator(f"#localize-method input[value={method}]").check()
+        page.wait_for_selector(f"#localize-examples-{method}")
+        assert page.locator("[id^=localize-examples-]:visible").count() == 1
 
 
 @pytest.mark.parametrize("method", ["neurons", "passport"])
