@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
-from panels import heatmap, widgets
+from panels import heatmap, prompt_file, widgets
 from panels.running import QUIET, STREAM, Running
 from panels.trace_view import ASK, PICTURES, detail, drawn, figure_of, headline
 from panels.trace_words import WordMaps
@@ -45,9 +45,12 @@ def build(session: Session) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             form = _form([find_method(n) for n in METHODS])
+            prompts = prompt_file.build("trace")
         with gr.Column(scale=5, min_width=320):
             out = _outputs()
-    _Panel(session, form, out).wire()
+    panel = _Panel(session, form, out)
+    panel.wire()
+    prompt_file.PromptFile(panel, prompts).wire()
 
 
 def _form(methods: list[Method]) -> dict[str, Any]:
