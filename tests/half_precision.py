@@ -1,16 +1,20 @@
 """How far each method's arrays in bfloat16 lie from those in float32: what assets/docs/gpu.md states.
 
-`python -m tests.half_precision` measures every method on the Atlas models and prints the table.
+`python -m tests.half_precision` measures every method on the Atlas models and prints the table;
+`python -m tests.half_precision edit attribute neurons` measures what these would be if they were not kept in
+float32.
 """
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 
@@ -84,22 +88,24 @@ def an_edit(session: Session, folder: Path) -> str:
     return str(folder / "edit" / "edit.safetensors")
 
 
-def table(device: str = "cpu", dtype: str = "bfloat16", threads: int = 1) -> Iterable[str]:
+def table(names: Iterable[str], *, device: str = "cpu", dtype: str = "bfloat16") -> Iterable[str]:
     """Rows of Markdown, an array each: method, array, unit, largest value, largest and mean difference."""
-    from tests.smallest import SMALLEST
-
     yield "| method | array | unit | largest value | largest difference | mean difference |"
     yield "| --- | --- | --- | --- | --- | --- |"
     with tempfile.TemporaryDirectory() as made:
-        folder, options = Path(made), {"device": device, "threads": threads}
+        folder, options = Path(made), {"device": device, "threads": 1}
         with closing(Session(runs=folder / "a", **options)) as whole:
             with closing(Session(runs=folder / "b", dtype=dtype, **options)) as half:
-                for recipe in recipes(SMALLEST, folder, an_edit(whole, folder)).values():
+                for recipe in recipes(names, folder, an_edit(whole, folder)).values():
                     for g in measured(recipe, whole, half)[0]:
                         sizes = f"{g.scale:.3g} | {g.largest:.2g} | {g.mean:.2g}"
                         yield f"| {g.method} | {g.array} | {g.unit} | {sizes} |"
 
 
 if __name__ == "__main__":
-    for line in table():
+    from tests.smallest import SMALLEST
+
+    if chosen := sys.argv[1:]:
+        patch("studio.session.computed_in", lambda method, dtype: (dtype, "")).start()
+    for line in table(chosen or SMALLEST):
         print(line, flush=True)

@@ -42,6 +42,8 @@ def test_a_compiled_unet_gives_the_same_and_hooks_still_work(atlas: Any) -> None
 def test_an_edit_reaches_a_compiled_unet(atlas: Any) -> None:
     model = small_model(atlas, "least")
     plan, (cond, _) = replace(model.plan(SimpleNamespace(**_PLAN)), height=16, width=16), model.encode(["a"])
+    model.unet.to(torch.bfloat16)
+    model.dtype = torch.bfloat16
     model.compile("eager")
     name = next(n for n, p in model.unet.named_parameters() if p.ndim == 2)
     shape = model.unet.get_parameter(name).shape

@@ -6,6 +6,7 @@ differentiated, goes through the module itself: traces and attributions are neve
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ class CompiledUNet:
         if torch.is_grad_enabled() or hook_count(self.unet):
             return self.unet(*args, **options)
         try:
-            found = self._compiled(*args, **options)
+            with warnings.catch_warnings():  # of diffusers' own cached look-ups, which never change
+                warnings.filterwarnings("ignore", "Dynamo detected a call to a `functools.lru_cache`")
+                found = self._compiled(*args, **options)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
                 raise
