@@ -20,6 +20,12 @@ Measured by one program in one run, ratios of things that ran in turn, the best 
     python -m studio.bench_page bench.json > assets/docs/benchmark.md
 
 `--only NAME` picks; `locus bench --help` names them all."""
+START = """Of the CPU time of a server start about 0.45 is the import of Gradio with FastAPI and pandas, 0.3
+putting the page together, 0.2 torch (which says what device there is), 0.05 Locus itself. transformers,
+diffusers, open_clip, timm, scipy and matplotlib are imported when they are first used, and the embedded
+model is loaded once the server answers; with `--device cpu` the server starts without torch.
+`locus --help` imports neither torch nor Gradio. `python -X importtime -c "import panels"` shows all of
+them."""
 SECTIONS = {  # what stands before the colon of a name: (title, what it means)
     "beside the slow way": (
         "Beside the slow way",
@@ -58,6 +64,7 @@ def page(record: Mapping[str, Any], note: str = "") -> str:
         missed = [str(r["name"]) for r in asked if not r["holds"]]
         said = f"Not reached in this run: {', '.join(missed)}." if missed else "All are reached."
         parts += ["## Figures that were asked for", said, table(asked, bar=True)]
+    parts += ["## Start", START]
     for start, (title, meaning) in SECTIONS.items():
         if own := [r for r in rows if r["bar"] is None and section_of(r) == start]:
             parts += [f"## {title}", meaning, table(own)]
@@ -95,18 +102,40 @@ def table(rows: Sequence[Row], *, bar: bool = False) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Prints the page of a file; further words are the note."""
-    if not argv:
+    """Prints the page of one or more files of one machine; `--note SENTENCE` says how it was measured."""
+    files = list(argv)
+    note = ""
+    if "--note" in files:
+        at = files.index("--note")
+        if at + 1 == len(files):
+            raise RequestError('--note needs a sentence: `--note "The machine was busy."`.')
+        note = files[at + 1]
+        del files[at : at + 2]
+    if not files:
         raise RequestError("Which file? `python -m studio.bench_page bench.json > assets/docs/benchmark.md`.")
+    records = [read(name) for name in files]
+    for name, record in zip(files, records, strict=True):
+        if record["host"] != records[0]["host"]:
+            raise RequestError(f"{name} was measured on another machine than {files[0]}; make a page each.")
+    results = [row for record in records for row in record["results"]]
+    print(page({"host": records[0]["host"], "results": results}, note), end="")
+    return 0
+
+
+def read(name: str) -> dict[str, Any]:
+    """A benchmark's record; RequestError when the file is not one."""
     try:
-        record = json.loads(Path(argv[0]).read_text("utf-8"))
-        print(page(record, " ".join(argv[1:])), end="")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        record = json.loads(Path(name).read_text("utf-8"))
+        for row in record["results"]:
+            for key in ("name", "value", "unit", "bar", "holds", "how"):
+                row[key]
+        record["host"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(
-            f"{argv[0]} is not the file of a benchmark ({type(error).__name__}); make one with `locus bench "
+            f"{name} is not the file of a benchmark ({type(error).__name__}); make one with `locus bench "
             "--out FILE.json`."
         ) from error
-    return 0
+    return record
 
 
 if __name__ == "__main__":

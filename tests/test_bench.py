@@ -195,10 +195,11 @@ def test_help_is_timed_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) 
 def test_entries_have_names_of_their_own_and_are_chosen_by_them() -> None:
     names = [e.name for e in ENTRIES]
     assert len(set(names)) == len(names)
-    assert {e.group for e in ENTRIES} == {"", "planted"}
+    assert {e.group for e in ENTRIES} == {"", "planted", "real-shapes"}
     always = [e for e in ENTRIES if not e.group]
     assert chosen((), ()) == always and len(always) >= 8
-    assert chosen(["planted"], ()) == list(ENTRIES)
+    assert chosen(["planted", "real-shapes"], ()) == list(ENTRIES)
+    assert {e.group for e in chosen(["planted"], ())} == {"", "planted"}
     assert [e.name for e in chosen((), ["help"])] == ["help"]
     with pytest.raises(RequestError, match="There is no benchmark 'helpp'; known: help, "):
         chosen((), ["helpp"])
