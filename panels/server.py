@@ -21,6 +21,7 @@ from panels.guards import UPLOAD_LIMIT, Guard, Sentences
 from studio import exports
 from studio.errors import RequestError
 from studio.models.catalog import ASSETS
+from studio.run_bin import Bin
 from studio.session import Session
 from studio.types import Recipe
 from studio.uploads import Uploads
@@ -204,6 +205,7 @@ def serve_forever(
     """Serves until interrupted; prints the address when it is ready."""
     opened = listen(host, port)
     session.store.sweep_leftovers()
+    Bin(session.store).sweep()
     exports.sweep()
     Uploads(session.store).sweep()
     app = new_app(session, host, auth, mcp=mcp)
