@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +15,8 @@ from typing import Any
 import pytest
 import torch
 
-from studio import bench, growth_race, naive_race, share_race, start_race
+from panels import server
+from studio import bench, bench_page, growth_race, naive_race, share_race, start_race
 from studio.bench import ENTRIES
 from studio.errors import RequestError, StudioError
 from tests import layouts
@@ -116,6 +120,48 @@ def test_a_server_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(StudioError, match="did not answer within 0.2 s"):
         start_race.one_start(tmp_path, 1, 3)
     assert time.perf_counter() - started < 30  # ended, not waited for
+
+
+def modules_after(code: str) -> set[str]:
+    """The modules that a new process has imported after some code."""
+    code += "; import sys; print('\\n' + ' '.join(m for m in sys.modules if '.' not in m))"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_the_server_starts_without_what_is_heavy_and_not_needed(tmp_path: Path) -> None:
+    code = "from panels import server; from studio.session import Session; "
+    code += f"server.new_app(Session(runs={str(tmp_path)!r}, device='cpu'))"
+    found = modules_after(code)
+    assert {"gradio", "fastapi"} <= found
+    heavy = {"torch", "transformers", "diffusers", "open_clip", "timm", "scipy", "matplotlib", "sklearn"}
+    assert not heavy & found
+
+
+def test_help_imports_nothing_heavy() -> None:
+    found = modules_after("from studio.cli import main; main(['--help'])")
+    assert "studio" in found and not {"torch", "gradio", "pandas", "matplotlib"} & found
+
+
+def test_the_model_is_loaded_once_the_server_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    import uvicorn
+
+    order: list[str] = []
+
+    async def startup(self: Any, sockets: Any = None) -> None:
+        order.append("answers")
+        self.should_exit = len(order) > 2
+
+    monkeypatch.setattr(uvicorn.Server, "startup", startup)
+    loaded = threading.Event()
+    made = server._server(None, lambda: (order.append("loads"), loaded.set()))
+    asyncio.run(made.startup())
+    assert loaded.wait(10) and order == ["answers", "loads"]
+    asyncio.run(made.startup())  # it could not be started: nothing is loaded
+    time.sleep(0.1)
+    assert order == ["answers", "loads", "answers"]
 
 
 # ---- growth and floors ------------------------------------------------------------------------------------
@@ -300,3 +346,58 @@ def test_entries_hand_their_models_over(session: Any, monkeypatch: pytest.Monkey
 def test_every_figure_of_issue_7_has_an_entry() -> None:
     names = {e.name for e in bench.ENTRIES}
     assert {"help", "server-start", "slow-ways", "forward-shares", "operations", "memory", "growth"} <= names
+
+
+# ---- the page ---------------------------------------------------------------------------------------------
+
+
+def record(*rows: tuple[str, Any, Any, str]) -> dict[str, Any]:
+    """A benchmark's record of rows (name, bar, holds, how)."""
+    results = [{"name": n, "value": 1.5, "unit": "x", "bar": b, "holds": h, "how": w} for n, b, h, w in rows]
+    return {"host": {"device": "cpu", "threads": 1, "versions": {"torch": "2"}}, "results": results}
+
+
+def test_the_page_says_what_is_reached_and_what_is_not() -> None:
+    rows = (
+        ("a", 2.0, False, "at least the bar; of 3|4"),
+        ("b", 2.0, True, "at most the bar; timed"),
+        ("growth: c in n", None, None, "fitted; twice"),
+        ("d", None, None, "seen"),
+    )
+    made = bench_page.page(record(*rows), "The machine was busy.")
+    assert (
+        made.startswith("# What it costs") and "Machine: device cpu, threads 1. The machine was busy." in made
+    )
+    assert "Not reached in this run: a." in made
+    assert "| a | 1.5 x | at least 2, **not reached** | of 3\\|4 |" in made
+    assert "| b | 1.5 x | at most 2, reached | timed |" in made
+    assert "## How costs grow" in made and "| c in n | 1.5 x | fitted; twice |" in made
+    assert "## More figures" in made and "| d | 1.5 x | seen |" in made and "## Memory" not in made
+    assert "All are reached." in bench_page.page(record(rows[1]))
+    assert "asked for\n" not in bench_page.page(record(rows[3]))
+
+
+def test_the_page_is_made_from_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    one, two = tmp_path / "1.json", tmp_path / "2.json"
+    one.write_text(json.dumps(record(("a", 1.0, True, "x"))))
+    two.write_text(json.dumps(record(("d", None, None, "y"))))
+    assert bench_page.main([str(one), str(two), "--note", "Busy."]) == 0
+    made = capsys.readouterr().out
+    assert "| a |" in made and "| d |" in made and "Busy." in made
+    for words, sentence in (
+        ([], "Which file"),
+        ([str(tmp_path / "none.json")], "none.json is not the file of a benchmark .FileNotFoundError"),
+        ([str(one), "--note"], "--note needs a sentence"),
+    ):
+        with pytest.raises(RequestError, match=sentence):
+            bench_page.main(words)
+    other = tmp_path / "3.json"
+    other.write_text(json.dumps(record() | {"host": {"device": "cuda"}}))
+    with pytest.raises(RequestError, match="was measured on another machine"):
+        bench_page.main([str(one), str(other)])
+
+
+def test_the_page_of_the_docs_is_one_of_these() -> None:
+    shown = (Path(bench_page.__file__).parents[1] / "assets" / "docs" / "benchmark.md").read_text("utf-8")
+    assert shown.startswith(bench_page.HEAD) and "| locus --help |" in shown
+    assert sum(f"## {title}\n" in shown for title, _ in bench_page.SECTIONS.values()) >= 3
