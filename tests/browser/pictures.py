@@ -2,7 +2,7 @@
 
     python -m tests.browser.pictures [DIR]
 
-runs the example of each panel in NAMES and writes DIR/PANEL.png (default assets/pictures), 256 colours each.
+runs the example of each panel in NAMES and writes DIR/PANEL.png (default assets/pictures).
 """
 
 from __future__ import annotations
@@ -32,9 +32,8 @@ def picture(visit: Visit, panel: str) -> bytes:
     page.mouse.move(2, 2)
     page.evaluate("document.querySelector('#panels').scrollIntoView({block: 'start'})")
     page.wait_for_timeout(900)
-    seen = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     out = io.BytesIO()
-    seen.quantize(256, dither=Image.Dither.NONE).save(out, "PNG", optimize=True)
+    Image.open(io.BytesIO(page.screenshot())).convert("RGB").save(out, "PNG", optimize=True)
     return out.getvalue()
 
 

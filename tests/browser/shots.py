@@ -54,8 +54,16 @@ def _ran(panel: str, ready: str) -> Step:
 def trace(visit: Visit) -> None:
     """A trace whose strongest cell was clicked."""
     _ran("trace", "#trace-figure .cell:not(.waiting)")(visit)
-    visit.page.click('#trace-figure .cell[data-row="0"][data-col="4"]')
+    visit.page.click('#trace-figure .cell[data-row="0"][data-col="9"]')
     visit.page.wait_for_selector("#trace-restored img")
+
+
+def edit(visit: Visit) -> None:
+    """An edit, with the images before and after it."""
+    visit.page.wait_for_selector("#edit-run:not([disabled])")
+    visit.page.click("#edit-run")
+    visit.page.wait_for_selector("#edit-after img")
+    visit.page.wait_for_selector("#edit-stop[disabled]")
 
 
 def runs(visit: Visit) -> None:
@@ -75,7 +83,7 @@ def models(visit: Visit) -> None:
 PANELS: dict[str, Step] = {
     "trace": trace,
     "localize": _ran("localize", "#localize-figure .cell:not(.waiting)"),
-    "edit": _ran("edit", "#edit-stack .edit-row"),
+    "edit": edit,
     "decompose": _ran("decompose", "#decompose-figure .cell:not(.waiting)"),
     "retrieval": _ran("retrieval", "#retrieval-figure .cell:not(.waiting)"),
     "runs": runs,
