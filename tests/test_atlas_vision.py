@@ -42,7 +42,12 @@ from studio.models.catalog import ASSETS, CATALOG
 from studio.models.loading import fingerprint, identify, locate, tensors_of
 
 SHIPPED = [name for name in RECIPES if name in CATALOG]
-REACHED = ("atlas-vit", "atlas-swin", "atlas-maxvit", "atlas-dino")  # objects and colours of 0.95 and more; the other cards tell their figures
+REACHED = (
+    "atlas-vit",
+    "atlas-swin",
+    "atlas-maxvit",
+    "atlas-dino",
+)  # objects and colours of 0.95 and more; the other cards tell their figures
 
 
 @pytest.fixture(autouse=True)

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from studio.errors import Cancelled, RequestError
+from studio.file_quota import keep_within, mark_used
 from studio.images import read_image
 from studio.models import corpus
 from studio.models.component_space import Space, open_space
 from studio.models.corpus import corpus_file, statistics
-from studio.file_quota import keep_within, mark_used
 from tests import vision_families as families
 from tests.vision_corpora import Quiet, picture_folder
 
