@@ -21,7 +21,6 @@ from typing import Any
 from studio.errors import RequestError, StudioError
 from studio.models.catalog import CATALOG, Entry
 from studio.models.hub import Hub
-from studio.models.hub import offline_state as offline_state
 from studio.models.single_file import checkpoint_family, layout, load_checkpoint
 
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
