@@ -30,6 +30,7 @@ def atlas(session: Any) -> Any:
     return session.model("atlas-sd", "diffusion")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For `-n`: what drives a browser goes to one worker, every other file to whichever is free."""
     for item in items:
