@@ -30,6 +30,7 @@ def atlas(session: Any) -> Any:
     return session.model("atlas-sd", "diffusion")
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """For `-n`: what drives a browser goes to one worker, every other file to whichever is free."""
     from xdist.scheduler import LoadScopeScheduling
