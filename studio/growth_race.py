@@ -65,25 +65,30 @@ def grown(growth: Growth, rounds: int) -> Row:
 
 def language_growth(numbers: Callable[..., Any], rounds: int = 3) -> list[Row]:
     """trace-language and knockout over tokens and layers, contributions over tokens; random Llamas."""
+    return [grown(case, rounds) for case in (*_traces(numbers), *_cuts(numbers))]
 
-    def trace(tokens: int, layers: int) -> Call:
-        return traced(numbers, tokens, layers)
 
-    cases = (
+def _traces(numbers: Callable[..., Any]) -> tuple[Growth, ...]:
+    return (
         Growth(
             "trace-language in tokens",
             (16, 32, 64),
-            lambda n: trace(n, 8),
+            lambda n: traced(numbers, n, 8),
             2,
             "each of T tokens is restored, and the T - t after it are run again",
         ),
         Growth(
             "trace-language in layers",
             (4, 8, 16),
-            lambda n: trace(24, n),
+            lambda n: traced(numbers, 24, n),
             2,
             "each of L layers is restored, and the L - l above it are run again",
         ),
+    )
+
+
+def _cuts(numbers: Callable[..., Any]) -> tuple[Growth, ...]:
+    return (
         Growth(
             "knockout in tokens",
             (40, 80, 160),
@@ -106,7 +111,6 @@ def language_growth(numbers: Callable[..., Any], rounds: int = 3) -> list[Row]:
             "one forward and one row of attention a layer; the forward's own attention adds T x T",
         ),
     )
-    return [grown(case, rounds) for case in cases]
 
 
 def llama(numbers: Callable[..., Any], tokens: int, layers: int) -> tuple[Any, list[int]]:

@@ -101,8 +101,9 @@ def warn_of_size(concepts: int, values: Mapping[str, Any], report: Report) -> No
     those of a solved edit."""
     size, missed = values["relative_size"], values["values_missed"] or 0.0
     if size >= LARGE:
+        times = f"{size:.2g} times " if size >= 1.05 else ""
         report.warn(
-            f"The change is {size:.2g} times as large as the weights that it changes, so images of other "
+            f"The change is {times}as large as the weights that it changes, so images of other "
             "things may suffer too; audit it, take fewer concepts at once, or raise --regularization."
         )
     if missed >= MISSED:
