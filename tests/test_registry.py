@@ -94,8 +94,8 @@ def test_whole_numbers_may_come_as_floats() -> None:
 REFUSED = {
     "unknown, near": ({"guidence": 1}, "make-up has no option 'guidence'; did you mean 'guidance'?"),
     "unknown, far": ({"zzz": 1}, "make-up has no option 'zzz'."),
-    "missing": ({"prompt": None}, "--prompt is missing: the text to draw"),
-    "empty": ({"prompt": " \n"}, "--prompt is empty: the text to draw"),
+    "missing": ({"prompt": None}, "--prompt is missing: the text to draw."),
+    "empty": ({"prompt": " \n"}, "--prompt is empty: the text to draw."),
     "no text": ({"prompt": 5}, "--prompt must be a text, not int."),
     "too long": (
         {"prompt": "x" * (MAX_TEXT + 1)},
@@ -122,8 +122,8 @@ REFUSED = {
     "one of several": ({"kinds": "mlp,zzz"}, "--kinds must be one of mlp, attention, not 'zzz'."),
     "no text in list": ({"kinds": [1]}, "--kinds must be a list of texts, not list."),
     "no list": ({"kinds": 5}, "--kinds must be a list of texts, not int."),
-    "empty list": ({"kinds": []}, "--kinds is empty: kinds"),
-    "only commas": ({"kinds": ","}, "--kinds is empty: kinds"),
+    "empty list": ({"kinds": []}, "--kinds is empty: kinds."),
+    "only commas": ({"kinds": ","}, "--kinds is empty: kinds."),
     "flag": ({"screen": "yes"}, "--screen must be true or false, not 'yes'."),
 }
 
