@@ -28,15 +28,3 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def atlas(session: Any) -> Any:
     """The embedded text-to-image model, loaded."""
     return session.model("atlas-sd", "diffusion")
-
-
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """For `-n`: what drives a browser goes to one worker, every other file to whichever is free."""
-    from xdist.scheduler import LoadScopeScheduling
-
-    class ByFile(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return "browser" if nodeid.startswith("tests/browser/") else nodeid.split("::")[0]
-
-    return ByFile(config, log)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +13,20 @@ from tests.browser.studio import Visit
 
 pytestmark = pytest.mark.browser
 ROW = "#runs-list .run-row"
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
+    """A session with a store of its own, so that the runs of other tests are not found."""
+    opened = Session(runs=tmp_path_factory.mktemp("own"), device="cpu", threads=1)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture(scope="module")
+def atlas(session: Session) -> Any:
+    """The embedded text-to-image model, loaded there."""
+    return session.model("atlas-sd", "diffusion")
 
 
 @pytest.fixture(scope="module")
