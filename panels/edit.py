@@ -10,7 +10,7 @@ from typing import Any
 
 import gradio as gr
 
-from panels import edit_form, edit_reopen, heatmap, reopening, widgets
+from panels import edit_form, edit_reopen, heatmap, reopening, waking, widgets
 from panels.edit_audit import Audit
 from panels.edit_downloads import Downloads
 from panels.edit_form import PICTURES, layer_map
@@ -110,8 +110,7 @@ class _Panel(Running):
         self.then_look(out["takeover"].select(self.take_over, here, taken, **QUIET))
         kept = [self.saved, *self.looks[1:]]
         restored = [form["model"], out["prompt"], out["look"], *self.changed]
-        page = gr.context.Context.root_block
-        self.then_look(page.load(self.restore, kept, restored, **QUIET))
+        self.then_look(waking.when_asked(self.kept_here, self.saved, self.restore, kept, restored, **QUIET))
 
     def wire_beside(self) -> None:
         """Connects what leaves the stack as it is: files, grids, and the choice of layers."""
@@ -256,12 +255,14 @@ class _Panel(Running):
         """Redo was pressed."""
         return self.show(self.here(stack, looks).redo(), looks)
 
+    def kept_here(self, saved: Any) -> bool | None:
+        """The page was loaded: whether this browser had a stack."""
+        return True if self.kept_stack(saved).entries else None
+
     @said
-    def restore(self, saved: Any, *looks: Any) -> dict:
-        """The page was loaded: the stack that this browser had, with its model and prompt."""
+    def restore(self, _: bool, saved: Any, *looks: Any) -> dict:
+        """The stack that this browser had, with its model and prompt."""
         stack = self.kept_stack(saved)
-        if not stack.entries:
-            return {self.stack: Stack()}
         names = ("model", "prompt", "look")
         looks = tuple(str(saved.get(n) or v) for n, v in zip(names, looks, strict=True))
         back = dict(zip((self.form["model"], self.out["prompt"], self.out["look"]), looks, strict=True))

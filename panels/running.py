@@ -11,13 +11,13 @@ from typing import Any
 
 import gradio as gr
 
-from panels import reopening, widgets, words
+from panels import reopening, waking, widgets, words
+from panels.waking import QUIET
 from studio.errors import RequestError
 from studio.jobs import Job
 from studio.session import Session
 from studio.types import Recipe, Result, Run
 
-QUIET = dict(queue=False, show_progress="hidden", api_visibility="private")
 STREAM = dict(
     concurrency_limit=None, show_progress="hidden", api_visibility="private"
 )  # generators must queue
@@ -75,10 +75,10 @@ class Running(ABC):
         runs = dict(outputs=shown, **STREAM)
         started = gr.on([form["run"].click, *also], self.start, {*self.named, self.state}, **runs)
         form["stop"].click(self.stop, self.client, out["status"], **QUIET)
-        page = gr.context.Context.root_block
         filled = list(dict.fromkeys([*shown, *self.named]))
-        loaded = page.load(self.again, self.client, filled, **STREAM)
-        page.unload(_leaver(self.viewers))
+        waking.enable(form["run"])
+        loaded = waking.when_asked(self.awaited, self.client, self.again, [self.client], filled, **STREAM)
+        gr.context.Context.root_block.unload(_leaver(self.viewers))
         opener, back = reopening.Opener(self.panel), [*shown, *self.named, *self.also_restored()]
         outputs = list(dict.fromkeys(back))
         self.reopened = opener.select(self.reopen, [self.client, *self.also_asked()], outputs, **STREAM)
@@ -107,13 +107,18 @@ class Running(ABC):
         }
         yield from self.stream(job)
 
-    def again(self, kept: dict | None, request: gr.Request) -> Iterator[dict]:
-        """The page is alive: Run can be pressed; a link's inputs are put in. A job that this browser started
-        is taken up if it runs."""
+    def awaited(self, kept: dict | None, request: gr.Request) -> dict[str, str] | None:
+        """The page is alive: the link that it came by, where it has inputs for this panel; empty where only a
+        job of this browser is to be taken up; None where there is neither."""
         query = dict(request.query_params)
-        mine = query.get("tab", "").lower() == self.panel
-        asked = reopening.linked(query, self.form, self.named) if mine else {}
-        yield {self.form["run"]: gr.Button(interactive=True), **asked}
+        if query.get("tab", "").lower() == self.panel and len(query) > 1:
+            return query
+        job = self.job_of(kept)
+        return None if job is None or job.over else {}
+
+    def again(self, link: dict[str, str], kept: dict | None, request: gr.Request) -> Iterator[dict]:
+        """A link's inputs are put in. A job that this browser started is taken up if it runs."""
+        yield {self.state: gr.skip(), **reopening.linked(link or {}, self.form, self.named)}
         job = self.job_of(kept)
         if job is None or job.over:
             return

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from panels import reopening, runs_form, runs_view, widgets
+from panels import reopening, runs_form, runs_view, waking, widgets
 from panels.running import QUIET, STREAM
 from panels.runs_compare import Compare
 from panels.runs_grid import Grid
@@ -104,13 +104,12 @@ class _Panel:
         tabs = getattr(gr.context.Context.block, "parent", None)
         self.tabs = tabs if isinstance(tabs, gr.Tabs) else gr.State(None)
         handed = [out["handoff"], self.tabs, out["status"]]
-        page = gr.context.Context.root_block
         shown = list(dict.fromkeys([*handed, *everything]))
         dropped = [*shown, form["drop"]]
         for event in (
             out["open"].click(self.open, self.query, shown, **QUIET),
             form["drop"].upload(self.drop, [form["drop"], *self.query], dropped, **STREAM),
-            page.load(self.linked, self.query, shown, **QUIET),
+            waking.when_asked(self.address, None, self.linked, self.query, shown, **QUIET),
         ):
             event.then(None, out["handoff"], None, js=script)
             self.then_export(event)
@@ -341,9 +340,13 @@ class _Panel:
             return {**self.lost(*query), self.out["handoff"]: ""}
         return self.handed(query[7], *query)
 
-    def linked(self, request: gr.Request, *query: Any) -> dict[Any, Any]:
-        """The page was loaded: the run or the tab that its address names."""
+    def address(self, request: gr.Request) -> dict[str, str] | None:
+        """The page was loaded: what its address says, where that names a run or a tab."""
         asked = dict(request.query_params)
+        return asked if asked.get("run") or asked.get("tab") else None
+
+    def linked(self, asked: dict[str, str], *query: Any) -> dict[Any, Any]:
+        """The run or the tab that the page's address names."""
         first = {self.out["handoff"]: ""}
         try:
             first |= self.listed(*query)

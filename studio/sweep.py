@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +97,7 @@ def run_sweep(
     for model in dict.fromkeys(r.model for r in recipes):
         runner.locate(model, sweep.method.family)
     _say(out, sweep, {"finished": False})
-    outcomes = _outcomes(sweep.points, recipes, runner, progress)
+    outcomes = _outcomes(sweep.points, recipes, runner, set(store.ids()), progress)
     _write(out, sweep, outcomes, store)
     faults = [o for o in outcomes if o.error]
     summary = {
@@ -122,16 +121,21 @@ def _say(out: Path, sweep: Sweep, what: dict[str, Any]) -> dict[str, Any]:
 
 
 def _outcomes(
-    points: Sequence[Point], recipes: Sequence[Recipe], runner: Runner, progress: Callable[[Progress], None]
+    points: Sequence[Point],
+    recipes: Sequence[Recipe],
+    runner: Runner,
+    known: set[str],
+    progress: Callable[[Progress], None],
 ) -> list[Outcome]:
-    """What became of the points, in their order; those that were left are missing."""
-    begun, state = datetime.now(UTC).replace(microsecond=0), Progress(len(points))
+    """What became of the points, in their order; those that were left are missing. known: the ids of the
+    runs that the store held before; the new ones are added."""
+    state = Progress(len(points))
     outcomes: dict[int, Outcome] = {}
     last, alike = "", 0
     progress(state)
     with contextlib.closing(_each(runner, recipes)) as finished:
         for number, answer in finished:
-            outcome = outcomes[number] = _outcome(points[number], answer, begun)
+            outcome = outcomes[number] = _outcome(points[number], answer, known)
             state.found += outcome.found
             state.made += bool(outcome.run) and not outcome.found
             state.failed += bool(outcome.error)
@@ -143,10 +147,11 @@ def _outcomes(
     return [outcomes[i] for i in sorted(outcomes)]
 
 
-def _outcome(point: Point, answer: Run | Exception, begun: datetime) -> Outcome:
+def _outcome(point: Point, answer: Run | Exception, known: set[str]) -> Outcome:
     if isinstance(answer, Exception):
         return Outcome(point, error=sentence_of(answer))
-    found = datetime.fromisoformat(answer.started) < begun
+    found = answer.id in known
+    known.add(answer.id)
     return Outcome(point, answer.id, found=found, seconds=round(answer.seconds, 3))
 
 

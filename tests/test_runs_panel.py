@@ -275,13 +275,13 @@ def test_each_method_has_its_panel(method: str, edits: tuple, home: Any) -> None
 
 
 def test_a_link_opens_a_run_or_says_why_not(panel: runs._Panel, ids: list[str], store: Store) -> None:
-    request = SimpleNamespace(query_params={"run": ids[2]})
+    request = {"run": ids[2]}
     assert ids[2] in panel.linked(request, *ALL)[panel.out["handoff"]]
-    lost = panel.linked(SimpleNamespace(query_params={"run": "nowhere"}), *ALL)
+    lost = panel.linked({"run": "nowhere"}, *ALL)
     assert said(panel, lost).startswith("There is no run 'nowhere'") and len(rows(panel, lost)) == 3
     (store.root / ids[2] / "arrays.npz").write_bytes(b"")
     assert "is damaged" in said(panel, panel.linked(request, *ALL))
-    assert panel.out["status"] not in panel.linked(SimpleNamespace(query_params={}), *ALL)
+    assert panel.out["status"] not in panel.linked({}, *ALL)
 
 
 def test_a_method_without_a_panel_opens_here(panel: runs._Panel, store: Store) -> None:

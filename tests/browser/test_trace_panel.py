@@ -215,4 +215,4 @@ def test_page_and_first_cells_come_quickly(chromium: Any, studio: str) -> None:
     print(f"page usable after {usable:.2f} s, first cells {first:.2f} s after Run")
     opened.status("Done")
     opened.close()
-    assert usable < 40 and first < 40
+    assert usable < 15 and first < 15
