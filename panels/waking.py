@@ -1,8 +1,8 @@
 """What happens when a page is loaded.
 
 Gradio's page looks through its whole tree for every output of an event, so an event with a panel's outputs
-costs a page of this size about half a second; one for each panel would keep Run waiting. What is seldom needed
-(a link is followed, a run taken up, a stack put back) therefore waits for a small event that asks for it.
+costs a page of this size about half a second; one for each panel would keep Run waiting. What is seldom
+needed (a link is followed, a run taken up, a stack put back) therefore waits for a small event that asks.
 """
 
 from __future__ import annotations
