@@ -43,7 +43,9 @@ class Page(gr.Blocks):
     async def preprocess_data(self, *args: Any, **kwargs: Any) -> list[Any]:
         """The values as the handler takes them. Raises gr.Error."""
         try:
-            return await super().preprocess_data(*args, **kwargs)
+            values = await super().preprocess_data(*args, **kwargs)
+            function = kwargs["block_fn"] if "block_fn" in kwargs else args[0]
+            return [_one(b, v) for b, v in zip(function.inputs, values, strict=True)]
         except gr.Error as error:
             error.print_exception = False  # the request is wrong, not the studio
             error.message = str(error.message)[:MOST_SAID]
@@ -63,6 +65,20 @@ class Page(gr.Blocks):
             raise
         except Exception as error:
             raise _error(widgets.spoken(error)) from error
+
+
+def _one(block: Any, value: Any) -> Any:
+    """A value that its field can hold: what Gradio's own fields let through unlooked at. Raises gr.Error."""
+    if isinstance(block, gr.Textbox):
+        return "" if value is None else value
+    if isinstance(block, gr.Dropdown) and value is not None:
+        many = isinstance(value, (list, tuple))
+        parts = value if many else [value]
+        if many != bool(block.multiselect) or not all(isinstance(p, (str, int, float)) for p in parts):
+            raise _error(_UNREADABLE)
+    if isinstance(block, gr.Dataset) and value is None:
+        raise _error(_UNREADABLE)
+    return value
 
 
 def _untellable(value: Any) -> bool:

@@ -27,6 +27,7 @@ QUESTION = "What was run, what came of it, and how do two runs differ?"
 PAGE = 20  # runs on a page of the list
 FILTERS = ("words", "methods", "models", "since", "until", "starred")
 TYPED = ("words", "since", "until")
+LOST = "This run is no longer there: it was deleted in another window, or pruned."
 
 
 def build(session: Session) -> None:
@@ -198,8 +199,8 @@ class _Panel:
 
     def lost(self, *query: Any) -> dict[Any, Any]:
         """Updates for a run that is gone: the list as it is now, nothing chosen, and a sentence."""
-        said = "This run is no longer there: it was deleted in another window, or pruned."
-        return {**self.listed(*query[:7], "", query[8]), **self.nothing(), self.out["status"]: said}
+        listed = self.listed(*query[:7], "", query[8])
+        return {**listed, **self.nothing(), self.out["status"]: LOST}
 
     def nothing(self) -> dict[Any, Any]:
         """Updates when no run is chosen."""
@@ -269,7 +270,8 @@ class _Panel:
         """The star of the chosen run was pressed."""
         run_id = query[7]
         if self.gone(run_id):
-            return self.lost(*query)
+            told = {self.out["status"]: LOST, self.out["star"]: gr.Button(interactive=False)}
+            return {**self.listed(*query), **told}
         self.notes.star(run_id, run_id not in self.notes.starred())
         return {**self.listed(*query), self.out["star"]: self.star_button(run_id)}
 
@@ -345,9 +347,9 @@ class _Panel:
         asked = dict(request.query_params)
         return asked if asked.get("run") or asked.get("tab") else None
 
-    def linked(self, asked: dict[str, str], *query: Any) -> dict[Any, Any]:
+    def linked(self, asked: dict[str, str] | None, *query: Any) -> dict[Any, Any]:
         """The run or the tab that the page's address names."""
-        first = {self.out["handoff"]: ""}
+        asked, first = asked or {}, {self.out["handoff"]: ""}
         try:
             first |= self.listed(*query)
             if asked.get("run"):

@@ -388,6 +388,7 @@ def test_every_function_survives(case: str, url: str, config: dict[str, Any]) ->
     assert asked > 100 and len(answers) >= asked
     wrong = [a["output"].get("error") for a in answers if not a["success"]]
     assert [w for w in wrong if not isinstance(w, str) or not 5 < len(w) < 1000] == []
+    assert [a for a in answers if "wrong inside" in json.dumps(a)] == []  # every fault has its own sentence
 
 
 def test_every_function_counts_its_values(url: str, pages: list[Any]) -> None:

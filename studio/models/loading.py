@@ -71,7 +71,7 @@ def locate(name: str, models: Path | None = None, hub: Hub | None = None) -> Sou
     RequestError when the name means nothing or the model is of no known family; StudioError when it can't
     be had.
     """
-    if not name.strip():
+    if not isinstance(name, str) or not name.strip():
         raise RequestError(
             "--model is empty; give a name of `locus models`, a folder, or a hub id such as org/name."
         )
