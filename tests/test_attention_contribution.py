@@ -114,7 +114,8 @@ def test_the_run_reports_heads_tokens_and_groups(session: Any) -> None:
     logits = model.logits([prompt])[0]
     assert result.values["answer_token"] == int(logits.argmax()) and result.values["answer_rank"] == 1
     assert result.values["probability"] == pytest.approx(float(logits.softmax(-1).max()), abs=1e-6)
-    assert "The largest share is that of" in result.values["finding"]
+    told = f"attribute {share.max():.0%} (layer {share.argmax()}), subject "
+    assert told in result.values["finding"] and f"attribute {added.sum():+.2f}" in result.values["finding"]
 
 
 def test_without_context_and_spans(session: Any) -> None:
@@ -133,6 +134,9 @@ def test_without_context_and_spans(session: Any) -> None:
     [
         ({"subject": "France"}, "--subject 'France' is not in the text"),
         ({"attribute": "Arvonia"}, "stands 2 times in the text; say which"),
+        ({"attribute": "capital", "context": "Bread."}, "--attribute 'capital' stands in --prompt alone"),
+        ({"attribute": "Brell", "context": None}, "--attribute 'Brell' is not in --prompt, and there is no"),
+        ({"subject": "Brell"}, "--subject 'Brell' stands in --context alone"),
         ({"context": ""}, "--context holds no text"),
         ({"answer": "  "}, "has no token that says anything"),
         ({"prompt": " "}, "--prompt is empty"),
@@ -147,3 +151,7 @@ def test_an_answer_that_is_not_the_models_is_said(session: Any) -> None:
     result = ask(session, answer="river")
     assert result.values["answer"] == "river" and result.values["answer_rank"] > 1
     assert "is not the model's own" in " ".join(result.values["warnings"])
+    assert "the first token is measured" not in " ".join(result.values["warnings"])
+    several = ask(session, answer="river of Brell")
+    assert several.values["answer"] == "river"
+    assert "'river of Brell' the first token is measured, 'river'." in " ".join(several.values["warnings"])

@@ -11,8 +11,8 @@ import torch
 from studio import Recipe, RequestError
 from studio.figures import to_bytes
 from studio.language_race import knockout_race
-from studio.methods.attention_knockout import layer_window
-from studio.methods.language_prompt import sentences, token_groups
+from studio.methods.attention_knockout import MOST_ROWS, layer_window, strongest_rows
+from studio.methods.language_prompt import percent, sentences, token_groups
 from studio.models.attention_interface import attention_interface
 from studio.models.hooks import hook_count
 from studio.models.suffix_runs import Suffix, clean_run, cut_windows, patched_layers
@@ -188,6 +188,18 @@ def test_rank_and_top_token_are_those_of_the_changed_logits(session: Any) -> Non
             top = result.arrays["top_token"].values[g, layer]
             assert top == int(logits.argmax()) and str(int(top)) in result.values["top_words"]
     assert result.values["answer_rank"] > 1
+
+
+def test_of_many_groups_the_strongest_are_drawn() -> None:
+    change = np.full((100, 3), np.nan)
+    change[20:95, 1] = -np.arange(75) / 100
+    rows = strongest_rows(change)
+    assert rows == list(range(95 - MOST_ROWS, 95)) and strongest_rows(change[:5]) == [0, 1, 2, 3, 4]
+
+
+def test_shares_that_round_to_nothing_have_no_sign() -> None:
+    assert (percent(-0.001, signed=True), percent(-0.004), percent(0.0)) == ("0%", "0%", "0%")
+    assert (percent(0.126, signed=True), percent(-1, signed=True), percent(0.5)) == ("+13%", "-100%", "50%")
 
 
 def test_the_figure_shades_the_random_sets(session: Any) -> None:

@@ -389,6 +389,17 @@ def test_a_replacement_that_changes_its_neighbour_is_refused() -> None:
         trace(small("gpt2"), subject="ow", replacement="a")
 
 
+def test_the_finding_names_the_state_that_restores_most_before_the_last_token() -> None:
+    found = trace(small(), kinds="hidden,mlp", samples=2)
+    effect = found.arrays["indirect_effect"].values[..., :-1]
+    kind, layer, token = np.unravel_index(int(np.nanargmax(effect)), effect.shape)
+    word = found.arrays["indirect_effect"].axis("token").labels[token].strip()
+    said = found.values["finding"]
+    assert f"{('hidden', 'mlp')[kind]} {layer} at {word!r} brings back most: {effect.max():.3g}" in said
+    alone = trace(small(), prompt="The capital of Arvonia", subject="Arvonia", kinds="hidden", samples=2)
+    assert "corruption takes the probability of" in alone.values["finding"]
+
+
 def test_a_weak_corruption_is_said() -> None:
     report = Report()
     trace(small(), report, noise=0.01, kinds="hidden")

@@ -78,7 +78,8 @@ def found_id(model: Any, found: Any) -> int:
     ("drops", "own", "kind"),
     [
         ({"attribute": -0.6}, "b", "context"),
-        ({"subject": -0.5}, "b", "memory"),
+        ({"subject": -0.5}, "a", "memory"),
+        ({"subject": -0.5}, "b", "unclear"),
         ({}, "a", "memory"),
         ({"attribute": -0.6, "subject": -0.4}, "b", "both"),
         ({}, "b", "unclear"),

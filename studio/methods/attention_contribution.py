@@ -133,12 +133,18 @@ def _grouped(rows: Any, groups: dict[str, tuple[int, ...]]) -> dict[str, Trace]:
 
 
 def _finding(arrays: dict[str, Trace], answer: str) -> str:
-    """One sentence: which group has the largest share, and which adds most to the answer's logit."""
+    """One sentence: the largest share of attribute and subject (of the context or the question where neither
+    is given), and what they add to the answer's logit."""
     share, added = arrays["group_share"], arrays["group_projection"].values.sum(-1)
-    names = share.axis("group").labels
-    g, layer = np.unravel_index(int(share.values.argmax()), share.values.shape)
-    most = int(added.argmax())
+    groups = share.axis("group").labels
+    named = [n for n in ("attribute", "subject") if n in groups]
+    named = named or [n for n in ("context", "question", "last") if n in groups]
+    shares, parts = [], []
+    for name in named:
+        mine = share.at("group", name).values
+        shares.append(f"{name} {mine.max():.0%} (layer {int(mine.argmax())})")
+        parts.append(f"{name} {added[groups.index(name)]:+.2f}")
     return (
-        f"The largest share is that of {names[g]} in layer {layer} ({share.values[g, layer]:.0%}); to the "
-        f"logit of {answer!r} {names[most]} adds most ({added[most]:+.2f} over all layers)."
+        f"Largest shares of what attention brings to the last token: {', '.join(shares)}; added to the logit "
+        f"of {answer!r} over all layers: {', '.join(parts)}."
     )

@@ -20,6 +20,7 @@ from studio.methods.language_prompt import (
     Asked,
     check_groups,
     exchanged,
+    percent,
     pick_answer,
     token_groups,
 )
@@ -28,6 +29,7 @@ from studio.types import Axis, Figure, Report, Result, Run, Trace
 
 MOST_LOGITS = 2**25  # numbers of one piece of logits
 MOST_CURVES = 6  # groups that are drawn as curves; more are drawn as a heat map
+MOST_ROWS = 40  # groups of a heat map; of more those with the strongest change
 
 Readings = np.ndarray  # (3, sets, layers): probability of the answer, its rank, the top token
 
@@ -75,6 +77,13 @@ def layer_window(layer: int, width: int, depth: int) -> tuple[int, int]:
     return max(0, layer - width // 2), min(depth, layer + -(-width // 2))
 
 
+def strongest_rows(change: np.ndarray) -> list[int]:
+    """Rows of changes (groups, layers) that a heat map shows, ascending: all, or of many the MOST_ROWS with
+    the strongest change in any layer. What isn't measured yet counts as none."""
+    strongest = np.abs(np.nan_to_num(change)).max(1)
+    return sorted(np.argsort(-strongest, kind="stable")[:MOST_ROWS].tolist())
+
+
 def draw(run: Run) -> Figure:
     """Curves of the relative change by layer, with the range of the random sets shaded; a heat map for many
     groups."""
@@ -85,7 +94,10 @@ def draw(run: Run) -> Figure:
     sources = "the last token" if values["sources"] == "last" else "later tokens"
     caption = f"{sources} can't see the group in {values['window']} layers around each. {values['finding']}"
     if len(groups) > MOST_CURVES:
-        data = {"rows": groups, "cols": layers, "values": change.values, "unit": "relative change"}
+        rows = strongest_rows(change.values)
+        drawn = {"rows": [groups[g] for g in rows], "values": change.values[rows]}
+        data = drawn | {"cols": layers, "unit": "relative change"}
+        caption = caption if len(rows) == len(groups) else f"{len(rows)} of {len(groups)} groups. {caption}"
         titles = {"row_title": "tokens cut off", "col_title": "layer (centre of the window)"}
         return Figure("heat", data | titles, title, caption)
     control = run.result.arrays.get("control")
@@ -337,7 +349,7 @@ class _Knockout:
         parts, who = [], "the last token" if self.params.sources == "last" else "later tokens"
         for name in named:
             change, control = strongest[name]["change"], strongest[name]["control"]
-            beside = "" if control is None else f" (as many random tokens: {control:+.0%})"
+            beside = "" if control is None else f" (as many random tokens: {percent(control, signed=True)})"
             verb = "falls" if change < 0 else "rises"
-            parts.append(f"{verb} by {abs(change):.0%} when {who} can't see the {name}{beside}")
+            parts.append(f"{verb} by {percent(abs(change))} when {who} can't see the {name}{beside}")
         return f"{self.answer.word!r} ({self.answer.probability:.0%}) {'; '.join(parts)}." if parts else ""

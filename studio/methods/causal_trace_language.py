@@ -24,7 +24,7 @@ from studio.methods.language_corruption import (
     positions,
     replaced_ids,
 )
-from studio.methods.language_prompt import Asked, pick_answer, spans
+from studio.methods.language_prompt import Asked, percent, pick_answer, spans
 from studio.methods.trace_statistics import mean_over_seeds
 from studio.registry import knob, method
 from studio.types import Axis, Figure, Report, Result, Run, Trace
@@ -259,8 +259,9 @@ class _Trace:
             self.report.partial(self.result())
 
     def _verdict(self) -> None:
-        """Warns of a corruption that leaves the answer as it was."""
+        """The finding; warns of a corruption that leaves the answer as it was."""
         total = self.clean - float(self.corrupted.mean())
+        self.values["finding"] = self._finding(total)
         small = 0.05 if self.params.metric != "probability" else 0.05 * self.clean
         if total < small:
             more = "raise --noise or " if self.noise is not None else ""
@@ -268,6 +269,22 @@ class _Trace:
                 f"The corruption takes only {total:.3g} from the {METRICS[self.params.metric]} "
                 f"({self.clean:.3g}), so the effects say little; {more}corrupt other tokens."
             )
+
+    def _finding(self, total: float) -> str:
+        """One sentence: what the corruption takes, and which state before the last token (whose late states
+        bring everything back) restores most of it."""
+        what = METRICS[self.params.metric].replace("the answer", repr(self.values["answer"]))
+        lost = f"The corruption takes the {what} from {self.clean:.3g} to {self.clean - total:.3g}"
+        effect = mean_over_seeds(self.restored - self.corrupted[:, None, None, None])[..., self.first : -1]
+        if not effect.size:
+            return f"{lost}; there is no token between it and the last one."
+        kind, layer, place = np.unravel_index(int(effect.argmax()), effect.shape)
+        best, token = float(effect.max()), self.prompt.tokens[self.first + place].strip()
+        share = f", {percent(best / total)} of what was lost" if total > 0.01 * abs(self.clean) else ""
+        return (
+            f"{lost}; before the last token {self.params.kinds[kind]} {layer} at {token!r} brings back most: "
+            f"{best:.3g}{share}."
+        )
 
     # ---- results -----------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from studio.methods.attention_knockout import Params as KnockoutParams
 from studio.methods.attention_knockout import attention_knockout
 from studio.methods.causal_trace_language import Params as TraceParams
 from studio.methods.causal_trace_language import trace_language
-from studio.methods.language_prompt import Asked, exchanged, pick_answer, spans
+from studio.methods.language_prompt import Asked, exchanged, percent, pick_answer, spans
 from studio.registry import knob, method
 from studio.types import Axis, Figure, Report, Result, Run, Trace
 
@@ -240,7 +240,7 @@ class _ContextUse:
             else "context"
             if counts["attribute"]
             else "memory"
-            if counts["subject"] or own == self.answer.word
+            if own == self.answer.word
             else "unclear"
         )
         self.values |= {"reads": kind, "verdict": self._sentence(drops, own, kind)}
@@ -256,19 +256,20 @@ class _ContextUse:
                 f"{self.answer.own!r}. What an answer rests on can be told only of the model's own."
             )
 
-        def told(group: str) -> str:
-            (last, _), (later, control) = drops["last", group], drops["later", group]
-            beside = f"; as many random tokens {abs(min(0.0, control)):.0%}" if np.isfinite(control) else ""
-            return f"{abs(last):.0%} (by {abs(later):.0%} when no later token can{beside})"
+        def told(group: str, later: str, random: str) -> str:
+            change, control = drops["later", group]
+            beside = f", {random}{percent(-min(0.0, control))}" if np.isfinite(control) else ""
+            return f"({later}{percent(-change)}{beside})"
 
-        parts = (
-            f"{self.answer.word!r} ({self.answer.probability:.0%}) falls by {told('attribute')} when the "
-            f"last token can't see the attribute in the context, and by {told('subject')} without the "
-            "subject."
-        )
+        fall = {group: percent(-drops["last", group][0]) for group in CUT}
         without = self.values["without_context_answer_probability"]
-        beside = f" Without the context the model answers {own!r} ({without:.0%})."
-        return f"{_VERDICTS[kind]} {parts}{beside}"
+        return (
+            f"{_VERDICTS[kind]} {self.answer.word!r} ({self.answer.probability:.0%}) falls by "
+            f"{fall['attribute']} when the last token can't see the attribute in the context "
+            f"{told('attribute', 'when no later one can ', 'as many random tokens ')}, by {fall['subject']} "
+            f"without the subject {told('subject', 'later ', 'random ')}; without the context the model "
+            f"answers {own!r} ({without:.0%})."
+        )
 
     def result(self) -> Result:
         """Everything measured so far."""

@@ -74,14 +74,43 @@ def spans(asked: Asked) -> dict[str, tuple[Span, ...]]:
     if context:
         found["context"] = ((0, len(context)),)
     if asked.subject is not None:
+        _check_place(asked, "subject", asked.prompt)
         a, b = find_span(asked.prompt, asked.subject, asked.subject_occurrence, "--subject")
         found["subject"] = ((start + a, start + b),)
         within = rf"(?<!\w){re.escape(asked.subject.strip())}(?!\w)"
         found["mentions"] = tuple(m.span() for m in re.finditer(within, context, re.IGNORECASE))
     if asked.attribute is not None:
         where = context or asked.prompt
+        _check_place(asked, "attribute", where)
         found["attribute"] = (find_span(where, asked.attribute, asked.attribute_occurrence, "--attribute"),)
     return found
+
+
+def _check_place(asked: Asked, name: str, text: str) -> None:
+    """RequestError for a part that is not in the text where it is looked for, when something tells what was
+    meant: it stands in the other text, or there is no context to look in."""
+    part = getattr(asked, name).strip()
+
+    def holds(where: str) -> bool:
+        return re.search(re.escape(part), where, re.IGNORECASE) is not None
+
+    if not part or holds(text):
+        return
+    if name == "attribute" and not asked.context:
+        raise RequestError(
+            f"--attribute {part[:60]!r} is not in --prompt, and there is no --context; give the context that "
+            "states it, or no --attribute."
+        )
+    if name == "subject" and holds(asked.context or ""):
+        raise RequestError(
+            f"--subject {part[:60]!r} stands in --context alone, and it must be a part of --prompt; name "
+            "what the prompt is about."
+        )
+    if name == "attribute" and holds(asked.prompt):
+        raise RequestError(
+            f"--attribute {part[:60]!r} stands in --prompt alone, and with a context it must be a part of "
+            "--context; name the words there that state the answer."
+        )
 
 
 def sentences(text: str) -> list[Span]:
@@ -145,6 +174,11 @@ def pick_answer(model: Any, logits: Any, asked: Asked, report: Report) -> Answer
         chosen, warning = model.answer_id(asked.answer)
         if warning:
             report.warn(warning)
+        if model.word(chosen).strip() != asked.answer.strip():
+            report.warn(
+                f"Of the answer {asked.answer.strip()[:60]!r} the first token is measured, "
+                f"{model.word(chosen)!r}."
+            )
         if chosen != own:
             report.warn(
                 f"The answer {model.word(chosen)!r} is not the model's own, which is {model.word(own)!r}; "
@@ -157,6 +191,12 @@ def pick_answer(model: Any, logits: Any, asked: Asked, report: Report) -> Answer
         )
     probability = float(logits.softmax(-1)[chosen])
     return Answer(chosen, model.word(chosen), probability, order.index(chosen) + 1, model.word(own))
+
+
+def percent(share: float, *, signed: bool = False) -> str:
+    """A share in whole per cent; what rounds to nothing has no sign."""
+    whole = round(100 * share)
+    return f"{whole:+d}%" if signed and whole else f"{whole:d}%"
 
 
 def exchanged(model: Any, prompt: Any, asked: Asked, text: str) -> tuple[Any, tuple[int, ...]]:
