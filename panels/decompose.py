@@ -16,6 +16,7 @@ from panels import (
     decompose_view,
     decompose_without,
     heatmap,
+    prompt_file,
     reopening,
     widgets,
 )
@@ -43,9 +44,12 @@ def build(session: Session) -> None:
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             form = decompose_form.form()
+            lines = prompt_file.build("decompose", decompose_form.LINES, decompose_form.LINES_TITLE)
         with gr.Column(scale=5, min_width=320):
             out = decompose_form.outputs()
-    _Panel("decompose", session, form, out).wire()
+    panel = _Panel("decompose", session, form, out)
+    panel.wire()
+    prompt_file.PromptFile(panel, lines).wire()
 
 
 class _Panel(Running):

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from panels import bars, decompose_find, heatmap, widgets
+from panels import bars, decompose_find, heatmap, prompt_file, widgets
 from panels.decompose_images import EXAMPLES, TOLD, TRIES, Pasted
 from panels.decompose_view import ASK
 from panels.decompose_without import COLUMNS
@@ -20,6 +20,11 @@ VIEWS = {
     "ablate-components": "Without components",
     "retrieve-images": "Find images",
 }
+LINES_TITLE = "Texts from a file"
+LINES = (
+    "Choose a file. .txt: one text a line, all into the texts of the chosen view. .jsonl or .csv with the "
+    "column texts …: a run a line." + prompt_file.OF_FIELDS
+)
 HINT = "Press Run. One image takes about a second; click a cell for more."
 _OWN = ("images", "granularity")  # knobs that the panel sets itself
 _ONE_EACH = ("texts", "text", "heads", "top")  # knobs that mean something else in every method

@@ -10,10 +10,11 @@ from typing import Any
 
 import gradio as gr
 
-from panels import edit_form, edit_reopen, heatmap, reopening, waking, widgets
+from panels import edit_form, edit_lines, edit_reopen, heatmap, prompt_file, reopening, waking, widgets
 from panels.edit_audit import Audit
 from panels.edit_downloads import Downloads
 from panels.edit_form import PICTURES, layer_map
+from panels.edit_lines import MOST_NEIGHBOURS
 from panels.edit_stack import Entry, Stack
 from panels.edit_view import NO_STACK, Pictures, said
 from panels.running import QUIET, STREAM, Running
@@ -27,7 +28,7 @@ from studio.types import Recipe, Result
 TITLE = "Edit"
 NEEDS = "diffusion"
 QUESTION = "Can this concept be changed in the model's weights, did it work, and what else moved?"
-GRID_SEEDS, MOST_NEIGHBOURS = 6, 24
+GRID_SEEDS = 6
 
 
 def build(session: Session) -> None:
@@ -40,10 +41,13 @@ def build(session: Session) -> None:
             out, asked, found = edit_form.outputs()
     with left:  # once what they fill is there
         edit_form.examples(form, out)
+        lines = prompt_file.build("edit", edit_lines.ASK, edit_lines.TITLE)
     panel = _Panel("edit", session, form, out)
     audit = Audit(session, asked, found, panel.stack, form["model"], panel.pictures)
     panel.wire(audit)
     audit.wire_run()
+    edit_lines.EditLines(panel, lines, "edit", ()).wire()  # a text is no edit
+    prompt_file.PromptFile(audit, asked["lines"], "audit", ("neighbours",)).wire()
 
 
 class _Panel(Running):

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from panels import edit_reopen, reopening, widgets
+from panels import edit_reopen, prompt_file, reopening, widgets
 from panels.edit_stack import Stack
 from panels.edit_view import Pictures
 from panels.running import QUIET, Running
@@ -19,6 +19,10 @@ from studio.types import Recipe, Result, Run
 _FIRST = ("replacement", "neighbours")
 _LEFT_OUT = ("scorer", "target", "against", "scheduler")
 MOST_SHOWN = 24
+ASK = (
+    "Choose a file. .txt: one neighbour a line. .jsonl or .csv with the columns concept, neighbours, "
+    "strengths …: an audit of the stack a line." + prompt_file.OF_FIELDS
+)
 
 
 def form() -> dict[str, Any]:
@@ -43,6 +47,7 @@ def form() -> dict[str, Any]:
         for name, knob in known.items():
             if name not in found and name not in _LEFT_OUT:
                 found[name] = widgets.widget("audit", name, *knob)
+    found["lines"] = prompt_file.build("audit", ASK, "Neighbours or audits from a file")
     return found
 
 

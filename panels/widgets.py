@@ -281,8 +281,8 @@ class Viewers:
     """Counts the pages that watch a job; a job whose last page went is stopped after a grace, so a reload
     loses nothing."""
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, grace: float = GRACE) -> None:
+        self._lock, self._grace = threading.Lock(), grace
         self._watching: dict[str, Job] = {}
 
     def watch(self, page: str, job: Job) -> None:
@@ -295,7 +295,7 @@ class Viewers:
         with self._lock:
             job = self._watching.pop(page, None)
         if job is not None and not job.over:
-            timer = threading.Timer(GRACE, self._stop_unwatched, [job])
+            timer = threading.Timer(self._grace, self._stop_unwatched, [job])
             timer.daemon = True
             timer.start()
 

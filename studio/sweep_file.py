@@ -9,7 +9,9 @@ combination) and, with `rows`, a JSONL file that adds one set of parameters a li
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import itertools
 import json
 import math
@@ -227,8 +229,10 @@ def _rows(given: Any, file: Path, grid: Mapping[str, Any]) -> list[tuple[int | N
 
 def read_rows(source: Path) -> list[tuple[int, dict[str, Any]]]:
     """(line, parameters) of every line of a file that isn't blank. Of a .jsonl file each line is an object of
-    parameters by name, or a text, which is the prompt; of any other file each line is a prompt.
-    RequestError says which line is wrong."""
+    parameters by name, or a text, which is the prompt; a .csv file names them in its first line; of any
+    other file each line is a prompt. RequestError says which line is wrong."""
+    if source.suffix.lower() == ".csv":
+        return _of_csv(source)
     objects, found = source.suffix.lower() in (".jsonl", ".json", ".ndjson"), []
     for number, line in enumerate(_read_text(source).splitlines(), 1):
         if line.strip():
@@ -236,6 +240,30 @@ def read_rows(source: Path) -> list[tuple[int, dict[str, Any]]]:
             found.append((number, _options(value, f"Line {number} of {source}")))
     if not found:
         raise RequestError(f"{source} holds no line; write one set of parameters a line.")
+    return found
+
+
+def _of_csv(source: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(line, parameters) of a CSV file with commas; what is empty is left out."""
+    reader, found = csv.reader(io.StringIO(_read_text(source), newline=""), strict=True), []
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        if not all(names) or len(set(names)) < len(names):
+            raise RequestError(
+                f"The first line of {source} must name each column once, such as prompt,subject."
+            )
+        for cells in reader:
+            if len(cells) > len(names):
+                raise RequestError(
+                    f"Line {reader.line_num} of {source} has more cells than columns are named."
+                )
+            row = {n: c.strip() for n, c in zip(names, cells, strict=False) if c.strip()}
+            if row:
+                found.append((reader.line_num, _options(row, f"Line {reader.line_num} of {source}")))
+    except csv.Error as error:
+        raise RequestError(f"Line {reader.line_num} of {source} is no CSV: {error}.") from error
+    if not found:
+        raise RequestError(f"{source} holds no line below the names of its columns; write a run a line.")
     return found
 
 
