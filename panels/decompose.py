@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from panels import (
     bars,
+    colour_scale,
     decompose_find,
     decompose_form,
     decompose_view,
@@ -58,7 +60,9 @@ class _Panel(Running):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.chooser = pictured.Chooser(self.session, self.form)
-        self.side = Side(self.session, self.form, self.out, self.measured)
+        maps, also = ["figure", "texts", "beside"], [self.out["text"], self.out["shown"]]
+        self.colours = colour_scale.ColourScale(self, maps, self.redrawn, also)
+        self.side = Side(self.session, self.form, self.out, self.measured, self.colours.put)
         self.find = decompose_find.Find(self.session, self.form, self.out)
         shared = ("images", "said", "method", "model", "beside", "granularity")
         self.switched = [c for c in self.form if c not in shared and self.form[c] in self.named]
@@ -68,7 +72,8 @@ class _Panel(Running):
     def wire(self) -> None:
         """Connects everything."""
         form, out = self.form, self.out
-        started, _ = self.wire_run()
+        started, loaded = self.wire_run()
+        recoloured = self.colours.wire(started, loaded, self.reopened)
         self.chooser.wire()
         tab = gr.context.Context.block
         if isinstance(tab, gr.Tab):
@@ -77,7 +82,7 @@ class _Panel(Running):
         form["method"].change(self.switch, form["method"], switched, **QUIET)
         often = dict(trigger_mode="multiple", **QUIET)
         seen = [out[n] for n in ("figure", "texts", "answers", "table", "detail", "each", "extremes")]
-        place = [self.state, out["text"], out["shown"], self.cell]
+        place = [self.state, out["text"], out["shown"], self.cell, out["scale"]]
         out["text"].input(widgets.guarded(self.show), place, seen, **often)
         picked = form["gallery"].select(
             widgets.guarded(self.pick_image), [self.state, form["images"]], [out["shown"], out["by"]], **often
@@ -88,9 +93,9 @@ class _Panel(Running):
         for event in (picked, mean):
             event.then(widgets.guarded(self.show), place, seen, **often)
             event.then(self.recount, chosen, told, **often)
-        second = [self.state, form["beside"], out["text"], out["shown"]]
-        also = [started.then, picked.then, mean.then, out["text"].input, form["beside"].input]
-        for listen in also:
+        second = [self.state, form["beside"], out["text"], out["shown"], out["scale"]]
+        also = [out["text"].input, form["beside"].input]
+        for listen in (*also, *(event.then for event in (started, picked, mean, *recoloured))):
             listen(self.side.beside, second, self.side.shown["model"], **STREAM)
         self._wire_clicks(place, seen)
         again = [out["chosen"].change, out["by"].input, out["csv"].upload, out["csv"].clear]
@@ -113,7 +118,7 @@ class _Panel(Running):
                 **often,
             )
             event = event.then(widgets.guarded(self.show), place, seen, **often)
-            event.then(self.side.look, place, self.side.shown["map"], **STREAM)
+            event.then(self.side.look, place[:4], self.side.shown["map"], **STREAM)
 
     def _wire_truly(self) -> None:
         """The true ablation is a view of its own; the chosen components go there."""
@@ -217,6 +222,16 @@ class _Panel(Running):
             update[out["chosen"]] = gr.update(choices=list(found.components))
         return update
 
+    def start(self, values: dict, request: gr.Request) -> Iterator[dict]:
+        """Run was pressed."""
+        yield from self.colours.streamed(super().start(values, request), values)
+
+    def redrawn(self, recipe: Recipe, result: Result, text: str | None, image: str) -> dict[Any, Any]:
+        """The maps for a text and an image in their own colours; nothing for a view without a map."""
+        if decompose_view.scores(result) is None:
+            return {}
+        return self.maps(result, text or None, image, True)
+
     def maps(self, result: Result, text: str | None, image: str, again: bool) -> dict[Any, Any]:
         """The figures for a text and an image."""
         out = self.out
@@ -232,12 +247,14 @@ class _Panel(Running):
             else gr.update(visible=False),
         }
 
-    def show(self, kept: dict | None, text: str | None, image: str, component: str | None) -> dict[Any, Any]:
+    def show(
+        self, kept: dict | None, text: str | None, image: str, component: str | None, scale: str | None
+    ) -> dict[Any, Any]:
         """Another text, image or component was chosen."""
         recipe, result = self.measured(kept)
-        if decompose_view.scores(result) is None:  # a view without a map
+        update = self.colours.put(self.redrawn(recipe, result, text, image), scale)
+        if not update:  # a view without a map
             return {self.out["detail"]: gr.update()}
-        update = self.maps(result, text or None, image, True)
         if not component:
             return update
         each = decompose_view.component_bars(result, component, image)

@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from panels import bars, decompose_find, heatmap, prompt_file, widgets
+from panels import bars, colour_scale, decompose_find, heatmap, prompt_file, widgets
 from panels.decompose_images import EXAMPLES, TOLD, TRIES, Pasted
 from panels.decompose_view import ASK
 from panels.decompose_without import COLUMNS
@@ -138,6 +138,7 @@ def outputs() -> dict[str, Any]:
     with gr.Tabs():
         with gr.Tab("Map", id="map"), gr.Column(min_width=320):
             out["figure"] = heatmap.HeatMap(HINT, elem_id="decompose-figure")
+            out["scale"] = colour_scale.field("decompose")
             out["answers"] = bars.Bars("", elem_id="decompose-answers", visible=False)
             out["beside-said"] = widgets.line("", "decompose-beside-said", visible=False)
             out["beside"] = heatmap.HeatMap("", elem_id="decompose-beside", visible=False)

@@ -36,12 +36,12 @@ class _Asked:
 
 
 class Side:
-    """The handlers. measured: recipe and results of what is on screen."""
+    """The handlers. measured: recipe and results of what is on screen; put: see colour_scale.ColourScale."""
 
     def __init__(
-        self, session: Session, form: dict[str, Any], out: dict[str, Any], measured: Callable
+        self, session: Session, form: dict[str, Any], out: dict[str, Any], measured: Callable, put: Callable
     ) -> None:
-        self.session, self.form, self.out, self.measured = session, form, out, measured
+        self.session, self.form, self.out, self.measured, self.put = session, form, out, measured, put
         self.jobs: dict[tuple[str, str], Job] = {}  # by page and what it is for
         self.viewers = {"map": widgets.Viewers(), "model": widgets.Viewers()}
         self.shown = {
@@ -94,7 +94,13 @@ class Side:
     # ---- a second model -----------------------------------------------------------------------------------
 
     def beside(
-        self, request: gr.Request, kept: dict | None, name: str | None, text: str, image: str
+        self,
+        request: gr.Request,
+        kept: dict | None,
+        name: str | None,
+        text: str,
+        image: str,
+        scale: str | None = None,
     ) -> Iterator[Updates]:
         """The same run of another model, whose map stands below; once it was made it comes from the store."""
         figure, line = self.out["beside"], self.out["beside-said"]
@@ -115,7 +121,8 @@ class Side:
             yield {figure: hidden, line: said, **self._ended(error)}
             return
         said = gr.update(value=f"{name}, for the same images and texts:", visible=True)
-        yield {figure: gr.update(value=map_, visible=True), line: said, **self._ended()}
+        seen = self.put({figure: gr.update(value=map_, visible=True)}, scale)
+        yield {**seen, line: said, **self._ended()}
 
     # ---- a head's map over the image ----------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +55,20 @@ def export_buttons(panel: str) -> dict[str, Any]:
 
 
 def exported(
-    folder: Path, buttons: Mapping[str, Any], scale: tuple[float, float] | None = None
+    folder: Path,
+    buttons: Mapping[str, Any],
+    scale: tuple[float, float] | None = None,
+    kinds: Sequence[str] = QUICK,
 ) -> dict[Any, Any]:
-    """Updates of the export buttons for a run folder; `scale` is (low, high) of the colours on the screen."""
-    files = export(folder, new_folder(), QUICK, scale=scale)
+    """Updates of the export buttons for a run folder; `scale` is (low, high) of the colours on the screen;
+    `kinds`: the formats that are made anew, the other buttons keep theirs."""
+    files = export(folder, new_folder(), kinds, scale=scale)
     unmade = gr.update(value=None, interactive=False)
     return {
         buttons["run"]: {"folder": str(folder), "scale": scale},
         buttons["row"]: gr.update(visible=True),
         buttons["more"]: gr.update(open=False),
-        **{buttons[k]: _offered(files.get(k)) for k in QUICK},
+        **{buttons[k]: _offered(files.get(k)) for k in kinds},
         **{buttons[k]: unmade for k in (*MORE, "large")},
     }
 

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
 
-from panels import bars, heatmap, prompt_file, retrieval_form, retrieval_view, token_strip, widgets
+from panels import (
+    bars,
+    colour_scale,
+    heatmap,
+    prompt_file,
+    retrieval_form,
+    retrieval_view,
+    token_strip,
+    widgets,
+)
 from panels.retrieval_form import HINT, METHODS, TEXTS
 from panels.retrieval_view import ASK
 from panels.running import QUIET, STREAM, Running
@@ -50,13 +60,15 @@ class _Panel(Running):
         super().__init__(*args)
         knobs = widgets.knobs([find_method(m) for m in METHODS])
         self.switched = [n for n in self.form if n in knobs or n.startswith("window-")]
+        maps, also = ["figure", "strip"], [self.out["quantity"]]
+        self.colours = colour_scale.ColourScale(self, maps, self.redrawn, also)
         self._lock = threading.Lock()
         self._prompts: OrderedDict[tuple, Any] = OrderedDict()
 
     def wire(self) -> None:
         """Connects everything."""
         form, out = self.form, self.out
-        self.wire_run(form["prompt"].submit)
+        self.colours.wire(*self.wire_run(form["prompt"].submit), self.reopened)
         fixed = [*(n for n in self.switched if n not in TEXTS), "seeds"]
         form["method"].change(
             lambda name: self.switch(name, fixed), form["method"], [form[n] for n in fixed], **QUIET
@@ -71,7 +83,7 @@ class _Panel(Running):
         told = [form[n] for n in ("subject", "subject_occurrence", "attribute", "attribute_occurrence")]
         selected = [*told, out["text"], out["heads"], out["strip"]]
         out["strip"].select(widgets.guarded(self.select), [self.state, *texts], selected, **often)
-        coloured = [self.state, out["quantity"]]
+        coloured = [self.state, out["quantity"], out["scale"]]
         out["quantity"].input(widgets.guarded(self.recolour), coloured, out["strip"], **often)
         found = [form["context"], out["status"]]
         passages = [form[n] for n in ("prompt", "passages", "files", "folder", "count")]
@@ -193,7 +205,7 @@ class _Panel(Running):
     def drawn(self, recipe: Recipe, result: Result, again: bool = False) -> dict[Any, Any]:
         """Map, curve, table and the strip's colours."""
         out = self.out
-        if "condition_probability" in result.arrays and "relative_change" not in result.arrays:
+        if not retrieval_view.has_map(result):
             return {}
         figure = retrieval_view.map_of(recipe, result)
         update = {out["figure"]: heatmap.as_value(figure, again), out["table"]: heatmap.as_table(figure)}
@@ -220,10 +232,27 @@ class _Panel(Running):
         roles = _roles(found, inputs["context"] or "", inputs["prompt"], *told)
         return token_strip.as_value(found, roles, values, unit, again=again)
 
-    def recolour(self, kept: dict | None, quantity: str | None) -> Any:
+    def recolour(self, kept: dict | None, quantity: str | None, scale: str | None) -> Any:
         """Another quantity was chosen."""
-        strip = self.strip(*self.measured(kept), quantity, True)
-        return gr.skip() if strip is None else strip
+        recipe, result = self.measured(kept)
+        strip = self.strip(recipe, result, quantity, True)
+        if strip is None:
+            return gr.skip()
+        fixed = retrieval_view.as_the_map(recipe, quantity)
+        return self.colours.put({self.out["strip"]: strip}, scale if fixed else "")[self.out["strip"]]
+
+    def start(self, values: dict, request: gr.Request) -> Iterator[dict]:
+        """Run was pressed."""
+        yield from self.colours.streamed(super().start(values, request), values)
+
+    def redrawn(self, recipe: Recipe, result: Result, quantity: str | None) -> dict[Any, Any]:
+        """The map and, where its tokens show the map's quantity, the strip, in their own colours."""
+        if not retrieval_view.has_map(result):
+            return {}
+        update = {self.out["figure"]: heatmap.as_value(retrieval_view.map_of(recipe, result), True)}
+        fits = retrieval_view.as_the_map(recipe, quantity)
+        strip = self.strip(recipe, result, quantity, True) if fits else None
+        return update if strip is None else update | {self.out["strip"]: strip}
 
     def click(self, event: gr.EventData, kept: dict | None) -> dict:
         """A cell was picked: its numbers; of contributions the heads too."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from panels import bars, heatmap, token_strip, widgets
+from panels import bars, colour_scale, heatmap, token_strip, widgets
 from panels.retrieval_view import ASK
 from studio.models.catalog import ASSETS
 from studio.registry import find_method
@@ -98,6 +98,7 @@ def outputs() -> dict[str, Any]:
     with gr.Tabs():
         with gr.Tab("Map", id="map"), gr.Column(min_width=320):
             out["figure"] = heatmap.HeatMap(HINT, elem_id="retrieval-figure")
+            out["scale"] = colour_scale.field("retrieval")
             out["curve"] = widgets.figure_image("retrieval", "curve")
             out["side"] = heatmap.HeatMap("", elem_id="retrieval-side", visible=False)
         with gr.Tab("Table", id="table"):

@@ -25,6 +25,11 @@ def map_of(recipe: Recipe, result: Result) -> Figure:
     return Figure("heat", data, figure.title, figure.caption)
 
 
+def has_map(result: Result) -> bool:
+    """Whether there are numbers for the map yet; of context or memory its conditions come first."""
+    return "relative_change" in result.arrays or "condition_probability" not in result.arrays
+
+
 def _run(recipe: Recipe, result: Result) -> Run:
     return Run(recipe, "done", "", 0.0, {}, result)
 
@@ -84,6 +89,11 @@ def quantities(recipe: Recipe, result: Result) -> dict[str, str]:
             s: f"Strongest cut from {SOURCES[s]}" for s in result.arrays["relative_change"].axes[0].labels
         }
     return {"change": "Strongest cut of its group"}
+
+
+def as_the_map(recipe: Recipe, quantity: str | None) -> bool:
+    """Whether tokens coloured by a quantity have the map's numbers, so that one colour scale fits both."""
+    return not (recipe.method == "contributions" and quantity == "projection")
 
 
 def colours(recipe: Recipe, result: Result, quantity: str | None, n: int) -> tuple[np.ndarray, str]:

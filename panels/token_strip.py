@@ -13,7 +13,7 @@ import numpy as np
 
 from panels.drawn import Drawn, grid_template
 from studio.errors import RequestError
-from studio.figures import NEGATIVE, NEUTRAL, POSITIVE, scale_limit
+from studio.palette import EMPTY, SHADES, scale_of
 
 
 class TokenStrip(Drawn):
@@ -44,13 +44,12 @@ def as_value(
         tokens.append({"before": prompt.text[end:a] + space, "text": shown, "label": label, "roles": mine})
         end = max(end, b)
     known = np.full(len(tokens), np.nan) if values is None else np.asarray(values, float)
-    palette = {"negative": NEGATIVE, "neutral": NEUTRAL, "positive": POSITIVE}
     value = {
         "tokens": tokens,
         "text": prompt.text,
         "values": [float(v) if math.isfinite(v) else None for v in known],
-        "limit": scale_limit(known) if np.isfinite(known).any() else 0,
-        "palette": palette,
+        "scale": scale_of({"values": known}) if np.isfinite(known).any() else None,
+        "palette": {"shades": SHADES, "empty": EMPTY},
         "unit": unit,
         "caption": caption,
         "again": again,

@@ -3,18 +3,17 @@ export."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import gradio as gr
 import numpy as np
 
-from panels import heatmap, prompt_file, widgets
+from panels import colour_scale, heatmap, prompt_file, widgets
 from panels.running import QUIET, STREAM, Running
 from panels.trace_view import ASK, PICTURES, detail, drawn, figure_of, headline
 from panels.trace_words import WordMaps
-from studio.figures import scaled
 from studio.jobs import Job
-from studio.palette import read_scale
 from studio.registry import Method, find_method, parse_seeds
 from studio.session import Session
 from studio.types import Recipe, Result
@@ -100,13 +99,7 @@ def _outputs() -> dict[str, Any]:
     with gr.Tabs():
         with gr.Tab("Map", id="map"), gr.Column(min_width=320):
             out["figure"] = heatmap.HeatMap(HINT, elem_id="trace-figure")
-            out["scale"] = gr.Textbox(
-                label="Colour scale: low, high (the same in several runs)",
-                placeholder="the map's own, or -0.1, 0.5",
-                max_length=60,
-                max_lines=1,
-                elem_id="trace-scale",
-            )
+            out["scale"] = colour_scale.field("trace")
             out["strip"] = gr.Gallery(
                 visible=False, columns=7, height="auto", label="Layer by layer", elem_id="trace-strip"
             )
@@ -131,17 +124,13 @@ class _Panel(Running):
         knobs = widgets.knobs([find_method(m) for m in METHODS])
         self.switched = [n for n in form if n in knobs or n.startswith("kinds-")]
         self.words = WordMaps(session)
+        self.colours = colour_scale.ColourScale(self, ["figure"], self.redrawn)
 
     def wire(self) -> None:
         """Connects buttons, fields, the map, loading and leaving."""
         form, out = self.form, self.out
         ended = self.wire_run(form["prompt"].submit, form["subject"].submit)
-        asked, files = [self.state, out["scale"], out["export"]["run"]], out["export"].values()
-        shown = [out["status"], out["figure"], *files]
-        for event in (*(e.then for e in ended), self.reopened.then):
-            event(self.scale_again, asked, shown, **QUIET)
-        for event in (out["scale"].submit, out["scale"].blur):
-            event(self.rescale, asked, shown, **QUIET)
+        self.colours.wire(*ended, self.reopened)
         form["method"].change(self.switch, form["method"], [form[n] for n in self.switched], **QUIET)
         picked, often = [self.state, out["seed"]], dict(trigger_mode="multiple", **QUIET)
         shown = [c for c in self.fields if c is not out["word_map"]]
@@ -170,31 +159,14 @@ class _Panel(Running):
         cell = heatmap.chosen(event, *np.shape(figure.data["values"]))
         return {self.cell: cell, **detail(recipe, result, figure, cell, seed, self.out)}
 
-    def rescale(self, kept: dict | None, text: str | None, offered: dict | None) -> dict:
-        """A colour scale was typed; the status line says what the colours are."""
-        update, out = self.scale_again(kept, text, offered), self.out
-        if len(update) > 1:
-            ends = read_scale(text or "")
-            told = (
-                f"Colours run from {ends[0]:g} to {ends[1]:g}" if ends else "Colours have the map's own scale"
-            )
-            update[out["status"]] = f"{told}, here and in the files."
-        return update
+    def start(self, values: dict, request: gr.Request) -> Iterator[dict]:
+        """Run was pressed."""
+        yield from self.colours.streamed(super().start(values, request), values)
 
-    def scale_again(self, kept: dict | None, text: str | None, offered: dict | None) -> dict:
-        """The colours of the map and of the files run from low to high, where they don't yet."""
-        try:
-            scale = read_scale(text or "")
-            if not kept or not kept.get("run") or not offered or offered["scale"] == scale:
-                return {self.out["status"]: gr.skip()}
-            recipe, result = self.measured(kept)
-            figure = figure_of(recipe, result)
-            if figure.kind != "heat":
-                return {self.out["status"]: gr.skip()}
-            files = widgets.exported(self.session.store.path(kept["run"]), self.out["export"], scale)
-            return {self.out["figure"]: heatmap.as_value(scaled(figure, scale), True), **files}
-        except Exception as error:
-            return {self.out["status"]: widgets.spoken(error)}
+    def redrawn(self, recipe: Recipe, result: Result) -> dict[Any, Any]:
+        """The map in its own colours; nothing where a gallery is shown."""
+        figure = figure_of(recipe, result)
+        return {self.out["figure"]: heatmap.as_value(figure, True)} if figure.kind == "heat" else {}
 
     def other_seed(self, kept: dict | None, seed: str | None, cell: tuple[int, int] | None) -> dict:
         """Another seed's images of the same cell."""

@@ -54,7 +54,7 @@ def shown(session: Session) -> tuple[Recipe, Any]:
 
 @pytest.fixture
 def side(session: Session, form: dict, out: dict, shown: tuple) -> Side:
-    return Side(session, form, out, lambda kept: shown)
+    return Side(session, form, out, lambda kept: shown, lambda update, scale: update)
 
 
 class Held:

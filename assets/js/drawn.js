@@ -5,6 +5,12 @@ function svg(tag, attrs, text) {
   if (text !== undefined) e.textContent = text;
   return e;
 }
+function shade(palette, scale, v) {
+  if (v === null) return palette.empty;
+  const [low, high] = scale, limit = Math.max(Math.abs(low), Math.abs(high)), shades = palette.shades;
+  const share = (Math.max(low, Math.min(high, v)) / limit + 1) / 2;
+  return shades[Math.min(shades.length - 1, Math.floor(share * shades.length))];
+}
 function make(tag, cls, text) {
   const e = document.createElement(tag);
   if (cls) e.className = cls;

@@ -2,12 +2,7 @@
 const root = element.querySelector('.map'), said = element.querySelector('.said');
 let cur = [0, 0], held = null;
 const data = () => props.value && props.value.rows ? props.value : null;
-function colour(d, v) {
-  if (v === null) return d.palette.empty;
-  const [low, high] = d.scale, limit = Math.max(Math.abs(low), Math.abs(high)), shades = d.palette.shades;
-  const share = (Math.max(low, Math.min(high, v)) / limit + 1) / 2;
-  return shades[Math.min(shades.length - 1, Math.floor(share * shades.length))];
-}
+const colour = (d, v) => shade(d.palette, d.scale, v);
 function shown(d, r, c) {
   const v = d.z[r][c];
   return (d.names[r][c] || d.rows[r] + ', ' + d.cols[c]) + ': ' + (v === null ? 'not measured' : v.toPrecision(3) + ' ' + d.unit);

@@ -3,11 +3,6 @@ const root = element.querySelector('.map'), said = element.querySelector('.said'
 let cur = 0, from = null;
 const data = () => props.value && props.value.tokens ? props.value : null;
 const spans = () => root.querySelectorAll('.token');
-function mix(a, b, t) {
-  const p = h => [1, 3, 5].map(i => parseInt(h.slice(i, i + 2), 16));
-  const x = p(a), y = p(b);
-  return 'rgb(' + x.map((v, i) => Math.round(v + (y[i] - v) * t)).join(',') + ')';
-}
 function shown(d, i) {
   const v = d.values[i];
   return `${i}: ${d.tokens[i].label}` + (v === null ? '' : `: ${v.toPrecision(3)} ${d.unit}`);
@@ -25,10 +20,10 @@ function draw() {
     const e = make('span', 'token' + t.roles.map(r => ' role-' + r).join(''), t.text), v = d.values[i];
     e.dataset.i = i;
     e.title = shown(d, i) + (t.roles.length ? ` (${t.roles.join(', ')})` : '');
-    if (v !== null && d.limit > 0) {
-      const s = Math.max(-1, Math.min(1, v / d.limit));
-      e.style.background = mix(d.palette.neutral, s < 0 ? d.palette.negative : d.palette.positive, Math.abs(s));
-      e.style.color = Math.abs(s) > 0.6 ? '#fff' : '#111';
+    if (v !== null && d.scale) {
+      const [low, high] = d.scale, limit = Math.max(Math.abs(low), Math.abs(high));
+      e.style.background = shade(d.palette, d.scale, v);
+      e.style.color = Math.abs(Math.max(low, Math.min(high, v))) > 0.6 * limit ? '#fff' : '#111';
     }
     root.append(e);
   });
