@@ -195,7 +195,7 @@ class _Panel(Running):
         if not isinstance(event.index, int) or not 0 <= event.index < len(files):
             raise RequestError("That is none of the images.")
         recipe, _ = self.measured(kept)
-        mine = pictured.by_label(recipe.inputs["images"])
+        mine = pictured.by_label(self.session, recipe.inputs.get("images"))
         for label, file in mine.items():
             if file == files[event.index]:
                 return [label, gr.skip()]
@@ -259,7 +259,7 @@ class _Panel(Running):
             return update
         each = decompose_view.component_bars(result, component, image)
         top = decompose_view.extremes(result, component, text or None)
-        files = pictured.by_label(recipe.inputs["images"]) if top else {}
+        files = pictured.by_label(self.session, recipe.inputs.get("images")) if top else {}
         shown = [(files[name], f"{value:+.3f} {Path(name).stem}") for name, value in top if name in files]
         thumbs = pictured.pictures(*zip(*shown, strict=True)) if shown else []
         out = self.out
@@ -347,12 +347,14 @@ class _Panel(Running):
                 "Click an image in the gallery; the others come in the order of their likeness."
             )
         found = decompose_without.order(result, chosen, text, image if by == "image" else None)
-        files = pictured.by_label(recipe.inputs["images"])
+        files = pictured.by_label(self.session, recipe.inputs.get("images"))
         shown = [(files[name], f"{value:+.3f} {Path(name).stem}") for name, value in found if name in files]
         what = f"likeness to {Path(image).stem}" if by == "image" else f"“{text}”"
+        thumbs = pictured.pictures(*zip(*shown, strict=True)) if shown else []
+        said = f"{len(found)} images by {what} through {', '.join(chosen)}."
         return {
-            self.out["order-said"]: f"{len(found)} images by {what} through {', '.join(chosen)}.",
-            self.out["order"]: gr.update(value=pictured.pictures(*zip(*shown, strict=True)), visible=True),
+            self.out["order-said"]: said if shown else f"{said} {pictured.LOST}",
+            self.out["order"]: gr.update(value=thumbs, visible=bool(shown)),
         }
 
     def cleared(self) -> dict[Any, Any]:

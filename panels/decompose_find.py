@@ -116,14 +116,15 @@ class Find:
     def ordered(self, recipe: Recipe, result: Result) -> dict[Any, Any]:
         """All images of a run, from high to low."""
         score = result.arrays["score"]
-        files = pictured.by_label(recipe.inputs["images"])
+        files = pictured.by_label(self.session, recipe.inputs.get("images"))
         found = sorted(zip(score.axis("image").labels, score.values, strict=True), key=lambda p: -p[1])
         shown = [(files[name], f"{value:+.3f} {Path(name).stem}") for name, value in found if name in files]
         names = ", ".join(result.values["components"])
         what = f"“{result.values['query']}”"
         what = what if result.values["by"] == "text" else f"likeness to {Path(result.values['query']).stem}"
+        said = f"{len(found)} images by {what} through {names}."
         return {
-            self.out["order-said"]: f"{len(found)} images by {what} through {names}.",
+            self.out["order-said"]: said if shown else f"{said} {pictured.LOST}",
             self.out["order"]: gr.update(
                 value=pictured.pictures(*zip(*shown, strict=True)) if shown else [], visible=bool(shown)
             ),

@@ -24,6 +24,7 @@ from studio.uploads import Uploads
 
 EXAMPLES = "examples"
 TOLD = "Ten example images."
+LOST = "The images of this run are not among those kept here; choose them again to run it."
 PRESS = "() => document.querySelector('#decompose-run').click()"
 TRIES = {  # examples: what is asked of the pictures
     "Things": tuple(f"a {thing}" for thing in ATTRIBUTES["object"]),
@@ -59,9 +60,9 @@ def files_of(session: Session, set_id: str | None) -> list[Path]:
     return image_files([str(folder_of(session, set_id))])[0]
 
 
-def set_of(session: Session, given: Sequence[str]) -> str | None:
+def set_of(session: Session, given: Sequence[str] | None) -> str | None:
     """The id of the set whose folder a run's images are; None for images that no page chose."""
-    folders = [Path(g) for g in given]
+    folders = [Path(str(g)) for g in given or ()]
     if folders == [folder_of(session, EXAMPLES)]:
         return EXAMPLES
     root = Uploads(session.store).root
@@ -137,9 +138,11 @@ def gallery(session: Session, set_id: str | None) -> list[tuple[Image.Image, str
     return pictures(files, [Path(n).stem for n in labels(files)])
 
 
-def by_label(given: Sequence[str]) -> dict[str, Path]:
-    """{label in a run: file} of a run's images."""
-    files = image_files(given)[0]
+def by_label(session: Session, given: Sequence[str] | None) -> dict[str, Path]:
+    """{label in a run: file} of a run's images, as far as a page chose them: the examples, or uploads. A run
+    may come from another machine and name any folder of this one, whose files are nobody's to see."""
+    found = set_of(session, given)
+    files = files_of(session, found) if found else []
     return dict(zip(labels(files), files, strict=True))
 
 
@@ -178,8 +181,7 @@ class Chooser:
         """Updates that choose a run's images again; those that are no longer kept are said."""
         form, found = self.form, set_of(self.session, given)
         if found is None:
-            lost = "The images of this run are not among those kept here; choose them again to run it."
-            return {form["said"]: lost}
+            return {form["said"]: LOST}
         count = len(files_of(self.session, found))
         said = TOLD if found == EXAMPLES else f"{count} image{'s' if count > 1 else ''}."
         here = [form["images"], form["gallery"], form["said"], self.kept]

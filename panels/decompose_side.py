@@ -14,7 +14,7 @@ from PIL import Image
 
 from panels import decompose_form, decompose_view, heatmap, widgets
 from panels import decompose_images as pictured
-from studio.errors import Cancelled
+from studio.errors import Cancelled, RequestError
 from studio.jobs import Job
 from studio.methods.vit_decomposition import HEAD
 from studio.methods.word_maps import overlay
@@ -110,6 +110,8 @@ class Side:
             return
         try:
             recipe, _ = self.measured(kept)
+            if pictured.set_of(self.session, recipe.inputs.get("images")) is None:
+                raise RequestError(pictured.LOST)
             params = {k: v for k, v in recipe.params.items() if k not in ("clip", "aligner")}
             asked = Recipe(recipe.method, name, recipe.inputs, decompose_form.space(name, params), ())
             run = yield from self._run(str(request.session_hash), "model", asked, line, True)
@@ -159,7 +161,9 @@ class Side:
             return f"{component} has no map over the image; heads have."
         text = text or result.arrays["scores"].axis("text").labels[0]
         image = image or decompose_view.extremes(result, component, text)[0][0]
-        file = pictured.by_label(recipe.inputs["images"])[image]
+        file = pictured.by_label(self.session, recipe.inputs.get("images")).get(image)
+        if file is None:
+            return pictured.LOST
         params = {**recipe.params, "granularity": "token", "heads": [component]}
         asked = Recipe("decompose", recipe.model, {"images": [str(file)], "texts": [text]}, params, ())
         return _Asked(asked, file, image, component, text)

@@ -281,7 +281,7 @@ class Session:
             (scorer.fingerprint if scorer else "") + second + files_read(inputs, params) or None,
         )
         anew = job.options.get("fresh") or job.options.get("out") is not None
-        if not anew and (found := self.store.find(key)):
+        if not anew and (found := self.store.find(key, own=True)):
             return found
         run, failure = self._attempt(method, (model, inputs, params, seeds, scorer), job)
         run = self._keep(replace(run, key=key, model=origin(model, recipe.model)), method, job)

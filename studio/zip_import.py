@@ -3,6 +3,7 @@
 A zip may come from anybody. Only the files of a run folder are taken, by name; entries with a path out of
 the folder, links, doubles, encryption, too many and too large ones are refused before anything is written,
 and arrays are read without pickle. Figures are drawn from the numbers, so what is shown is what was measured.
+run.json says that the run was imported: nobody's own Run is answered with the numbers of a zip.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from studio.errors import RequestError, StudioError
 from studio.figures import FORMATS, to_bytes
 from studio.recipes import carried, check_format, digest, read_note
 from studio.registry import find_method
-from studio.store import EDIT_FILE, HIDDEN, MADE_FILE, Store, read_run
+from studio.store import EDIT_FILE, HIDDEN, IMPORTED, MADE_FILE, Store, read_run
 from studio.types import Run
 
 MOST_ENTRIES = 50_000
@@ -109,6 +111,7 @@ def _taken(opened: zipfile.ZipFile, files: Mapping[str, zipfile.ZipInfo], store:
                 shutil.copyfileobj(source, target, 1 << 20)
         _take_edits(beside, store)
         run = _read(beside)
+        _mark(beside)
         return _placed(run, beside, store, PurePosixPath(next(iter(files.values())).filename).parts[0])
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
@@ -145,6 +148,18 @@ def _read(folder: Path) -> Run:
     return run
 
 
+def _mark(folder: Path) -> None:
+    """Says in run.json that the run was imported."""
+    record = json.loads((folder / "run.json").read_text("utf-8"))
+    record["host"] = {**record["host"], IMPORTED: True}
+    _write(record, folder)
+
+
+def _write(record: Mapping[str, Any], folder: Path) -> None:
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+
+
 def _take_edits(folder: Path, store: Store) -> None:
     """The edits that were laid over the model go into the store; the recipe names them there where this
     machine has not the files that it named."""
@@ -164,8 +179,7 @@ def _take_edits(folder: Path, store: Store) -> None:
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise _damaged("run.json") from error
     if kept:
-        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False)
-        (folder / "run.json").write_text(text + "\n", encoding="utf-8")
+        _write(record, folder)
     shutil.rmtree(folder / "edits")
 
 

@@ -52,9 +52,14 @@ def shown(session: Session) -> tuple[Recipe, Any]:
     return run.recipe, run.result
 
 
+def plain(update: dict, scale: str | None) -> dict:
+    """Colours are left as they are."""
+    return update
+
+
 @pytest.fixture
 def side(session: Session, form: dict, out: dict, shown: tuple) -> Side:
-    return Side(session, form, out, lambda kept: shown, lambda update, scale: update)
+    return Side(session, form, out, lambda kept: shown, plain)
 
 
 class Held:
@@ -122,7 +127,7 @@ def test_what_has_no_map_and_what_goes_wrong_is_said(side: Side, shown: tuple) -
     assert last["beside-said"]["value"].startswith("no-such-model: There is no")
     (hidden,) = side.beside(PAGE, {"run": "x"}, "", "red", "")
     assert not hidden["beside"]["visible"]
-    bare = Side(side.session, side.form, side.out, lambda kept: (Recipe("text-span", "m"), shown[1]))
+    bare = Side(side.session, side.form, side.out, lambda kept: (Recipe("text-span", "m"), shown[1]), plain)
     (said,) = bare.look(PAGE, {"run": "x"}, "red", "", "block.3.head.0")
     assert not said["spread"]["visible"]
 

@@ -92,7 +92,8 @@ def test_a_zip_brings_the_whole_run_once(home: Path, run: Run, tmp_path: Path) -
     found = restored(one(home, "zip"), store)
     assert found.run_id == run.id and found.said == f"The run is in the store now, as {run.id}."
     there = store.load(run.id)
-    assert there.recipe == run.recipe and there.host == run.host and there.key == run.key
+    assert there.recipe == run.recipe and there.key == run.key
+    assert there.host == {**run.host, "imported": True}
     for name, trace in run.result.arrays.items():
         np.testing.assert_array_equal(there.result.arrays[name].values, trace.values)
     np.testing.assert_array_equal(there.result.images["seed0-clean"], run.result.images["seed0-clean"])
