@@ -7,6 +7,7 @@ filling.
 from __future__ import annotations
 
 import asyncio
+import gc
 import ipaddress
 import os
 import socket
@@ -179,8 +180,8 @@ def _server(app: Any, ready: Callable[[], Any]) -> Any:
 
 
 def warm_up(session: Session) -> None:
-    """Loads the embedded model in the background, so that the first Run starts at once."""
-    session.submit(
+    """Loads the embedded model in the background, so that the first Run starts at once; then settles."""
+    job = session.submit(
         Recipe(
             "trace-unet",
             "atlas-sd",
@@ -191,6 +192,16 @@ def warm_up(session: Session) -> None:
         user="warm-up",
         save=False,
     )
+    while not job.over:
+        job.wait(job.version, 60)
+    settle()
+
+
+def settle() -> None:
+    """Leaves what is there for good, libraries and page, out of the garbage collector's rounds: to look
+    through some 700,000 objects keeps every request waiting for half a second."""
+    gc.collect()
+    gc.freeze()
 
 
 def serve_forever(

@@ -20,12 +20,11 @@ Measured by one program in one run, ratios of things that ran in turn, the best 
     python -m studio.bench_page bench.json > assets/docs/benchmark.md
 
 `--only NAME` picks; `locus bench --help` names them all."""
-START = """Of the CPU time of a server start about 0.45 is the import of Gradio with FastAPI and pandas, 0.3
-putting the page together, 0.2 torch (which says what device there is), 0.05 Locus itself. transformers,
-diffusers, open_clip, timm, scipy and matplotlib are imported when they are first used, and the embedded
-model is loaded once the server answers; with `--device cpu` the server starts without torch.
-`locus --help` imports neither torch nor Gradio. `python -X importtime -c "import panels"` shows all of
-them."""
+START = """Most of a server's start is the import of Gradio with FastAPI and pandas and the putting together of
+the page; then come torch (which says what device there is) and Locus itself. transformers, diffusers,
+open_clip, timm, scipy and matplotlib are imported when they are first used, and the embedded model is loaded
+once the server answers; with `--device cpu` the server starts without torch. `locus --help` imports neither
+torch nor Gradio. `python -X importtime -c "import panels"` shows all of them."""
 SECTIONS = {  # what stands before the colon of a name: (title, what it means)
     "beside the slow way": (
         "Beside the slow way",

@@ -10,8 +10,10 @@ throughout, and what the server's log says of bugs.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import random
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -22,11 +24,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import tyro
 
 _SERVER = """
 import gc, hashlib, json, sys, psutil, torch
+from panels.server import settle
 from studio.session import Session
 from tests.browser.studio import serving
 session = Session(runs=sys.argv[1], device="cpu", threads=int(sys.argv[2]))
@@ -41,12 +45,13 @@ def state():
         digests[name] = digest.hexdigest()
     gc.collect()
     own = psutil.Process()
-    return {"weights": digests, "bytes": own.memory_info().rss, "threads": own.num_threads(),
-            "running": session.queue.running is not None}
+    return {"weights": digests, "bytes": own.memory_info().rss, "threads": own.num_threads()}
 with serving(session) as address:
+    state(), settle()
     print(json.dumps(address), flush=True)
     for line in sys.stdin:
-        print(json.dumps(state()), flush=True)
+        told = state() if line == "state\\n" else {"running": session.queue.running is not None}
+        print(json.dumps(told), flush=True)
 session.close()
 """
 COLOURS, OBJECTS = ("red", "blue", "green", "black"), ("star", "circle", "heart", "tree", "house")
@@ -79,9 +84,9 @@ class Studio:
         self._process = subprocess.Popen(command, text=True, **pipes)
         self.address = json.loads(self._process.stdout.readline())
 
-    def state(self) -> dict[str, Any]:
-        """Digests of the weights, resident bytes, threads, whether a job runs."""
-        self._process.stdin.write("state\n")
+    def told(self, what: str) -> dict[str, Any]:
+        """ "state": digests of the weights, resident bytes, threads; "running": whether a job runs."""
+        self._process.stdin.write(f"{what}\n")
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
@@ -109,18 +114,75 @@ class Seen:
     waits: dict[int, list[float]] = field(default_factory=dict)
 
 
+class Endpoints:
+    """The functions of the page's API, as a client that has read their description calls them."""
+
+    def __init__(self, address: str) -> None:
+        config = httpx.get(f"{address}config", timeout=60).json()
+        info = httpx.get(f"{address}gradio_api/info", timeout=60).json()["named_endpoints"]
+        known = {f"/{d['api_name']}": d["id"] for d in config["dependencies"]}
+        self._known = {n.removeprefix("/"): (known[n], told["parameters"]) for n, told in info.items()}
+
+    def body(self, endpoint: str, asked: dict[str, Any]) -> dict[str, Any]:
+        """What is posted: the number of the function and its values in their order."""
+        number, parameters = self._known[endpoint]
+        unknown = asked.keys() - {p["parameter_name"] for p in parameters}
+        if unknown:
+            raise KeyError(f"/{endpoint} has no {', '.join(unknown)}")
+        values = [asked.get(p["parameter_name"], p.get("parameter_default")) for p in parameters]
+        return {"fn_index": number, "data": values}
+
+
+class Tab:
+    """An open page, over HTTP as a browser talks: its own session, one question at a time."""
+
+    def __init__(self, address: str, endpoints: Endpoints) -> None:
+        self.api, self.endpoints = f"{address}gradio_api/", endpoints
+        self.session, self.http = secrets.token_hex(8), httpx.Client(timeout=300)
+        self.http.get(address).raise_for_status()
+
+    def ask(self, endpoint: str, asked: dict[str, Any]) -> dict[str, Any]:
+        """Puts a question; what names it."""
+        body = {**self.endpoints.body(endpoint, asked), "session_hash": self.session}
+        answer = self.http.post(f"{self.api}queue/join", json=body)
+        answer.raise_for_status()
+        return {**body, "event_id": answer.json()["event_id"]}
+
+    def answer(self, question: dict[str, Any]) -> list[Any]:
+        """Waits for the values that come back. RuntimeError with what the studio says instead."""
+        asked = {"session_hash": self.session}
+        with self.http.stream("GET", f"{self.api}queue/data", params=asked) as stream:
+            for line in stream.iter_lines():
+                told = json.loads(line.removeprefix("data:")) if line.startswith("data:") else {}
+                if told.get("event_id") == question["event_id"] and told["msg"] == "process_completed":
+                    if not told["success"]:
+                        raise RuntimeError(str(told["output"].get("error"))[:300])
+                    return told["output"]["data"]
+        raise RuntimeError("the answers ended before this one came")
+
+    def stop(self, question: dict[str, Any]) -> None:
+        """Takes a question back."""
+        named = {n: question[n] for n in ("fn_index", "session_hash", "event_id")}
+        self.http.post(f"{self.api}cancel", json=named).raise_for_status()
+
+    def file(self, url: str) -> bytes:
+        """A file of an answer."""
+        return self.http.get(url).raise_for_status().content
+
+    def close(self) -> None:
+        """The page is left."""
+        self.http.close()
+
+
 class Person:
     """One client: asks, checks what comes back, stops, reloads."""
 
-    def __init__(self, number: int, address: str, edit: str, seen: Seen, seed: int) -> None:
+    def __init__(
+        self, number: int, address: str, endpoints: Endpoints, edit: str, seen: Seen, seed: int
+    ) -> None:
         self.number, self.address, self.edit, self.seen = number, address, edit, seen
         self.choice = random.Random(f"{seed} {number}")
-        self.client = self._open()
-
-    def _open(self) -> Any:
-        from gradio_client import Client
-
-        return Client(self.address, verbose=False, analytics_enabled=False)
+        self.endpoints, self.tab = endpoints, Tab(address, endpoints)
 
     def work(self, until: float) -> None:
         """Acts until the time is over; a bug of the server is noted, not raised."""
@@ -131,26 +193,22 @@ class Person:
                 with self.seen.lock:
                     self.seen.refused[f"{type(error).__name__}: {str(error)[:160]}"] += 1
 
-    def close(self) -> None:
-        """The page is closed."""
-        self.client.close()
-
     def _act(self) -> None:
         name = self.choice.choices(["ask", "stop", "reload"], [8, 1, 1])[0]
         if name == "reload":
-            self.client.close()
-            self.client = self._open()
+            self.tab.close()
+            self.tab = Tab(self.address, self.endpoints)
             self._count("reload")
             return
         endpoint, asked = self._question()
         if name == "stop":
-            job = self.client.submit(api_name=f"/{endpoint}", **asked)
+            question = self.tab.ask(endpoint, asked)
             time.sleep(self.choice.uniform(0, 1))
-            job.cancel()
+            self.tab.stop(question)
             self._count("stop")
             return
         started = time.monotonic()
-        record, files = self.client.submit(api_name=f"/{endpoint}", **asked).result(timeout=300)
+        record, files = self.tab.answer(self.tab.ask(endpoint, asked))
         with self.seen.lock:
             self.seen.waits.setdefault(self.number, []).append(time.monotonic() - started)
         self._check(endpoint, asked, record, files)
@@ -184,7 +242,8 @@ class Person:
             elif name != "edit":
                 same &= given[name] == value
         question = json.dumps([endpoint, asked], sort_keys=True)
-        digest = _digest(files)
+        arrays = next(f["url"] for f in files if f["orig_name"] == "arrays.npz")
+        digest = _digest(self.tab.file(arrays))
         with self.seen.lock:
             if not same:
                 self.seen.wrong.append(f"person {self.number} asked {question} and got {recipe}")
@@ -199,44 +258,42 @@ class Person:
             self.seen.done[f"person {self.number}"] += 1
 
 
-def _digest(files: list) -> str:
+def _digest(arrays: bytes) -> str:
     """Of the numbers of a run, whatever the file's name."""
-    paths = [f["path"] if isinstance(f, dict) else f for f in files]
-    arrays = next(p for p in paths if str(p).endswith("arrays.npz"))
     digest = hashlib.sha256()
-    with np.load(arrays) as stored:
+    with np.load(io.BytesIO(arrays)) as stored:
         for name in sorted(stored):
             digest.update(name.encode() + stored[name].tobytes())
     return digest.hexdigest()
 
 
+_HEALTH = """
+import json, sys, threading, time, httpx
+over, slowest, missed, count = threading.Event(), 0.0, 0, 0
+threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
+with httpx.Client() as client:
+    while not over.wait(0.5):
+        started = time.monotonic()
+        try:
+            well = client.get(sys.argv[1] + "healthz", timeout=10).status_code == 200
+        except httpx.HTTPError:
+            well = False
+        missed, count = missed + (not well), count + 1
+        slowest = max(slowest, time.monotonic() - started)
+print(json.dumps({"slowest": slowest, "missed": missed, "count": count}))
+"""
+
+
 class Health:
-    """Asks /healthz all the time; `slowest` in seconds, `missed` answers that did not come."""
+    """Asks /healthz all the time, from a process of its own, so that no client's work is in the figure."""
 
     def __init__(self, address: str) -> None:
-        self.address, self.slowest, self.missed, self.count = address, 0.0, 0, 0
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._ask, daemon=True)
-        self._thread.start()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        self._process = subprocess.Popen([sys.executable, "-c", _HEALTH, address], text=True, **pipes)
 
-    def _ask(self) -> None:
-        import httpx
-
-        with httpx.Client() as client:
-            while not self._over.wait(0.5):
-                started = time.monotonic()
-                try:
-                    well = client.get(f"{self.address}healthz", timeout=10).status_code == 200
-                except httpx.HTTPError:
-                    well = False
-                self.missed += not well
-                self.count += 1
-                self.slowest = max(self.slowest, time.monotonic() - started)
-
-    def close(self) -> None:
-        """Ends it."""
-        self._over.set()
-        self._thread.join(15)
+    def close(self) -> dict[str, float]:
+        """Ends it: the slowest answer in seconds, how many did not come, how many were asked for."""
+        return json.loads(self._process.communicate(timeout=30)[0])
 
 
 def _batch(people: list[Person], seconds: float) -> None:
@@ -248,14 +305,11 @@ def _batch(people: list[Person], seconds: float) -> None:
         thread.join()
 
 
-def _edit(address: str) -> str:
+def _edit(tab: Tab) -> str:
     """The id of a run that made an edit, for everybody to lay over."""
-    from gradio_client import Client
-
-    client = Client(address, verbose=False, analytics_enabled=False)
     asked = {"concept": ["star"], "replacement": ["circle"], "images": False}
-    record, _ = client.submit(api_name="/edit", **asked).result(timeout=300)
-    client.close()
+    record, _ = tab.answer(tab.ask("edit", asked))
+    tab.close()
     return record["id"]
 
 
@@ -267,19 +321,20 @@ def load(options: Options) -> dict[str, Any]:
         runs = Path(folder) / "runs"
         studio, seen = Studio(runs, options.threads), Seen()
         try:
-            edit = _edit(studio.address)
-            people = [Person(n, studio.address, edit, seen, options.seed) for n in range(options.clients)]
-            health, states = Health(studio.address), [studio.state()]
+            where = (studio.address, Endpoints(studio.address))
+            edit = _edit(Tab(*where))
+            people = [Person(n, *where, edit, seen, options.seed) for n in range(options.clients)]
+            health, states = Health(studio.address), [studio.told("state")]
             _batch(people, options.minutes * 6)  # what is loaded and kept once is there afterwards
             for _ in range(2):
                 _batch(people, options.minutes * 30)
                 states.append(_quiet(studio))
-            health.close()
+            well = health.close()
             for person in people:
-                person.close()
+                person.tab.close()
             store = Store(runs)
             lost = [i for i in seen.ids if store.load(i).status != "done"]
-            return _report(seen, states, health, lost, options) | {"tracebacks": studio.tracebacks()}
+            return _report(seen, states, well, lost, options) | {"tracebacks": studio.tracebacks()}
         finally:
             studio.close()
 
@@ -287,14 +342,14 @@ def load(options: Options) -> dict[str, Any]:
 def _quiet(studio: Studio) -> dict[str, Any]:
     """The state once nothing runs any more."""
     for _ in range(240):
-        if not (state := studio.state())["running"]:
-            return state
+        if not studio.told("running")["running"]:
+            break
         time.sleep(0.5)
-    return state
+    return studio.told("state")
 
 
 def _report(
-    seen: Seen, states: list[dict], health: Health, lost: list[str], options: Options
+    seen: Seen, states: list[dict], health: dict[str, float], lost: list[str], options: Options
 ) -> dict[str, Any]:
     people = [seen.done[f"person {n}"] for n in range(options.clients)]
     waits = [float(np.mean(w)) for w in seen.waits.values()]
@@ -309,9 +364,9 @@ def _report(
         "refused": dict(seen.refused),
         "jobs_of_one_person": [min(people), max(people)],
         "mean_wait_of_one_person_s": [round(min(waits, default=0), 2), round(max(waits, default=0), 2)],
-        "healthz_slowest_s": round(health.slowest, 3),
-        "healthz_missed": health.missed,
-        "healthz_asked": health.count,
+        "healthz_slowest_s": round(health["slowest"], 3),
+        "healthz_missed": health["missed"],
+        "healthz_asked": health["count"],
         "megabytes": [round(s["bytes"] / 2**20) for s in states],
         "threads": [s["threads"] for s in states],
         "growth_of_the_second_batch_mb": round(growth / 2**20, 1),
@@ -323,7 +378,7 @@ def _report(
         "fair turns": max(waits, default=0) <= 2 * max(min(waits, default=0), 0.5),
         "weights untouched": states[0]["weights"] == states[1]["weights"] == states[2]["weights"],
         "memory flat": growth <= 0.03 * states[1]["bytes"],
-        "healthz within 1 s": health.slowest <= 1.0 and not health.missed,
+        "healthz within 1 s": health["slowest"] <= 1.0 and not health["missed"],
     }
     return found
 
