@@ -17,6 +17,7 @@ from panels import (
     heatmap,
     prompt_file,
     retrieval_form,
+    retrieval_groups,
     retrieval_view,
     token_strip,
     widgets,
@@ -25,6 +26,7 @@ from panels.retrieval_form import HINT, METHODS, TEXTS
 from panels.retrieval_view import ASK
 from panels.running import QUIET, STREAM, Running
 from studio.errors import RequestError, StudioError
+from studio.figures import number
 from studio.jobs import Job
 from studio.methods.language_prompt import Asked, spans
 from studio.models.tokens import find_span
@@ -78,8 +80,10 @@ class _Panel(Running):
         seen = [self.state, *texts]
         gr.on(typed, self.tokens, seen, out["strip"], trigger_mode="always_last", **STREAM)
         often = dict(trigger_mode="multiple", **QUIET)
-        clicked = [self.cell, out["text"], out["heads"]]
+        clicked = [self.cell, out["text"], out["heads"], out["side"]]
         out["figure"].select(widgets.guarded(self.click), self.state, clicked, **often)
+        beside = [self.state, self.cell]
+        out["side"].select(widgets.guarded(self.beside), beside, [out["text"], out["heads"]], **often)
         told = [form[n] for n in ("subject", "subject_occurrence", "attribute", "attribute_occurrence")]
         selected = [*told, out["text"], out["heads"], out["strip"]]
         out["strip"].select(widgets.guarded(self.select), [self.state, *texts], selected, **often)
@@ -126,6 +130,10 @@ class _Panel(Running):
             while len(self._prompts) > _KEPT:
                 self._prompts.popitem(last=False)
         return found
+
+    def prompt_of(self, recipe: Recipe, user: str | None) -> Any:
+        """A recipe's tokenized prompt; see `encoded`."""
+        return self.encoded(recipe.model, recipe.inputs.get("context"), recipe.inputs["prompt"], user)
 
     def tokens(self, request: gr.Request, kept: dict | None, model: str, *texts: str) -> Any:
         """The strip of what stands in the fields, unless its colours are on screen; a fault is said in the
@@ -207,11 +215,15 @@ class _Panel(Running):
         out = self.out
         if not retrieval_view.has_map(result):
             return {}
-        figure = retrieval_view.map_of(recipe, result)
+        prompt = self.prompt_of(recipe, "retrieval" if again else None)
+        figure = retrieval_view.map_of(recipe, result, prompt)
         update = {out["figure"]: heatmap.as_value(figure, again), out["table"]: heatmap.as_table(figure)}
         if again and retrieval_view.has_curve(recipe, result):
             update[out["curve"]] = widgets.drawn_figure(recipe, result)
-        if (side := retrieval_view.side_by_side(result)) is not None:
+        side = retrieval_view.side_by_side(result)
+        if side is None and prompt is not None:
+            side = retrieval_groups.inside(recipe, result, prompt, None)
+        if side is not None:
             update[out["side"]] = gr.update(value=heatmap.as_value(side, again), visible=True)
         names = retrieval_view.quantities(recipe, result)
         choices = [(label, key) for key, label in names.items()]
@@ -223,8 +235,7 @@ class _Panel(Running):
 
     def strip(self, recipe: Recipe, result: Result, quantity: str | None, again: bool) -> dict | None:
         """The coloured strip; None while a run goes on whose prompt's tokens are not known yet."""
-        inputs, user = recipe.inputs, "retrieval" if again else None
-        found = self.encoded(recipe.model, inputs["context"], inputs["prompt"], user)
+        inputs, found = recipe.inputs, self.prompt_of(recipe, "retrieval" if again else None)
         if found is None:
             return None
         values, unit = retrieval_view.colours(recipe, result, quantity, len(found))
@@ -249,25 +260,51 @@ class _Panel(Running):
         """The map and, where its tokens show the map's quantity, the strip, in their own colours."""
         if not retrieval_view.has_map(result):
             return {}
-        update = {self.out["figure"]: heatmap.as_value(retrieval_view.map_of(recipe, result), True)}
+        figure = retrieval_view.map_of(recipe, result, self.prompt_of(recipe, "retrieval"))
+        update = {self.out["figure"]: heatmap.as_value(figure, True)}
         fits = retrieval_view.as_the_map(recipe, quantity)
         strip = self.strip(recipe, result, quantity, True) if fits else None
         return update if strip is None else update | {self.out["strip"]: strip}
 
     def click(self, event: gr.EventData, kept: dict | None) -> dict:
-        """A cell was picked: its numbers; of contributions the heads too."""
+        """A cell was picked: its numbers; of a token's contributions the heads too, of a group its tokens."""
         recipe, result = self.measured(kept)
-        figure = retrieval_view.map_of(recipe, result)
+        prompt = self.prompt_of(recipe, "retrieval")
+        figure = retrieval_view.map_of(recipe, result, prompt)
         row, col = heatmap.chosen(event, *np.shape(figure.data["values"]))
-        update = {
-            self.cell: (row, col),
-            self.out["text"]: retrieval_view.cell_sentence(recipe, result, row, col),
-        }
-        token = retrieval_view.token_of(recipe, figure, row)
-        if token is None:
+        told = retrieval_view.cell_sentence(recipe, result, row, col, prompt)
+        update = {self.cell: (row, col), self.out["text"]: told}
+        if retrieval_groups.is_long(recipe, result) or retrieval_groups.by_position(recipe, figure):
+            side = retrieval_groups.inside(recipe, result, prompt, (row, col))
+            update[self.out["side"]] = gr.update(value=heatmap.as_value(side, True), visible=True)
             return update | {self.out["heads"]: gr.update(visible=False)}
-        heads = bars.as_value(retrieval_view.heads(result, token, col), True)
-        return update | {self.out["heads"]: gr.update(value=heads, visible=True)}
+        return update | self.heads_of(recipe, result, retrieval_view.token_of(recipe, figure, row), col)
+
+    def heads_of(self, recipe: Recipe, result: Result, token: int | None, layer: int) -> dict:
+        """The heads of a token's contribution in a layer; nothing of other methods."""
+        if token is None:
+            return {self.out["heads"]: gr.update(visible=False)}
+        heads = bars.as_value(retrieval_view.heads(result, token, layer), True)
+        return {self.out["heads"]: gr.update(value=heads, visible=True)}
+
+    def beside(self, event: gr.EventData, kept: dict | None, cell: Any) -> dict:
+        """A cell of the second map was picked: with against without the context, or a token of a group."""
+        recipe, result = self.measured(kept)
+        if (figure := retrieval_view.side_by_side(result)) is not None:
+            row, col = heatmap.chosen(event, *np.shape(figure.data["values"]))
+            return {self.out["text"]: retrieval_view.side_sentence(result, row, col)}
+        figure = retrieval_groups.inside(recipe, result, self.prompt_of(recipe, "retrieval"), cell)
+        if figure is None:
+            raise RequestError("That map is gone; click a group in the map above it first.")
+        row, layer = heatmap.chosen(event, *np.shape(figure.data["values"]))
+        token = retrieval_groups.token_at(figure, row)
+        if recipe.method == "trace-language":
+            kind = cell[0] // result.arrays["indirect_effect"].values.shape[1]
+            told = retrieval_groups.effect_sentence(recipe, result, kind, layer, token)
+            return {self.out["text"]: told}
+        share = float(np.asarray(figure.data["values"])[row][layer])
+        told = f"{figure.data['names'][row][layer]}: {number(share)} {figure.data['unit']}."
+        return {self.out["text"]: told} | self.heads_of(recipe, result, token, layer)
 
     def cleared(self) -> dict[Any, Any]:
         """Nothing of the last run stays."""

@@ -95,19 +95,18 @@ def outputs() -> dict[str, Any]:
     out["quantity"] = widgets.Choice(
         [], label="Tokens are coloured by", visible=False, elem_id="retrieval-quantity"
     )
+    out["text"] = widgets.line(ASK, "retrieval-detail-text", lines=2)
     with gr.Tabs():
         with gr.Tab("Map", id="map"), gr.Column(min_width=320):
             out["figure"] = heatmap.HeatMap(HINT, elem_id="retrieval-figure")
             out["scale"] = colour_scale.field("retrieval")
             out["curve"] = widgets.figure_image("retrieval", "curve")
             out["side"] = heatmap.HeatMap("", elem_id="retrieval-side", visible=False)
+            out["heads"] = bars.Bars("", elem_id="retrieval-heads", visible=False)
         with gr.Tab("Table", id="table"):
             out["table"] = widgets.table("retrieval")
         with gr.Tab("What this shows, and what it cannot", id="help"):
             pages = ("contributions", "knockout", "context-use", "trace-language")
             gr.Markdown("\n\n".join(map(widgets.page, pages)), elem_id="retrieval-help")
-    with gr.Column(elem_id="retrieval-detail"):
-        out["text"] = widgets.line(ASK, "retrieval-detail-text", lines=2)
-        out["heads"] = bars.Bars("", elem_id="retrieval-heads", visible=False)
     out["export"] = widgets.export_buttons("retrieval")
     return out

@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from panels import retrieval_groups
 from studio.figures import number
+from studio.methods.attention_knockout import strongest_rows
+from studio.methods.language_prompt import percent
 from studio.registry import find_method
 from studio.types import Figure, Recipe, Result, Run
 
@@ -14,8 +17,11 @@ ASK = "Click a cell or a token for its numbers. Select words in the strip to mak
 SOURCES = {"last": "the last token", "later": "later tokens"}
 
 
-def map_of(recipe: Recipe, result: Result) -> Figure:
-    """The clickable map: tokens, groups or cells by layer."""
+def map_of(recipe: Recipe, result: Result, prompt: Any = None) -> Figure:
+    """The clickable map: tokens, groups or cells by layer; of contributions to a long prompt groups, once it
+    is tokenized (`prompt`)."""
+    if prompt is not None and retrieval_groups.is_long(recipe, result):
+        return retrieval_groups.group_map(recipe, result, prompt)
     if recipe.method in ("knockout", "context-use"):
         return _cuts(result)
     figure = find_method(recipe.method).draw(_run(recipe, result))
@@ -39,16 +45,19 @@ def _cuts(result: Result) -> Figure:
     change = result.arrays["relative_change"]
     layers, groups = change.axis("layer").labels, change.axis("group").labels
     sources = change.axis("source").labels if change.axes[0].name == "source" else ("",)
+    values = change.values.reshape(-1, len(layers))
+    shown = strongest_rows(values)
     rows = [f"{g} ({s})" if s else g for s in sources for g in groups]
     told = [f"{g} from {SOURCES[s]}" if s else g for s in sources for g in groups]
     data = {
-        "rows": rows,
+        "rows": [rows[i] for i in shown],
         "cols": list(layers),
-        "values": change.values.reshape(len(rows), len(layers)),
-        "names": [[f"{row}, layers around {layer}" for layer in layers] for row in told],
+        "values": values[shown],
+        "names": [[f"{told[i]}, layers around {layer}" for layer in layers] for i in shown],
         "unit": "relative change",
     }
-    caption = str(result.values.get("verdict") or result.values.get("finding") or "")
+    caption = "" if len(shown) == len(rows) else f"{len(shown)} of {len(rows):,} groups, the strongest. "
+    caption += str(result.values.get("verdict") or result.values.get("finding") or "")
     return Figure("heat", data, caption=caption)
 
 
@@ -125,23 +134,25 @@ def colours(recipe: Recipe, result: Result, quantity: str | None, n: int) -> tup
 def headline(run: Run) -> str:
     """The finding in a sentence, and what to do next."""
     values = run.result.values
-    if run.recipe.method == "trace-language":
-        effect = run.result.arrays["indirect_effect"]
-        (kind, layer, token), value = effect.best(1)[0]
-        total = number(values["total_effect"])
-        found = f"Strongest: {kind} {layer} at {token.strip()!r} brings back {number(value)} of {total}."
-    else:
-        found = str(values.get("verdict") or values.get("finding") or "")
-    return f"{found} {ASK}"
+    return f"{values.get('verdict') or values.get('finding') or ''} {ASK}".strip()
 
 
-def cell_sentence(recipe: Recipe, result: Result, row: int, col: int) -> str:
+def cell_sentence(recipe: Recipe, result: Result, row: int, col: int, prompt: Any = None) -> str:
     """The numbers behind a cell of the map."""
-    figure = map_of(recipe, result)
+    figure = map_of(recipe, result, prompt)
+    if prompt is not None and retrieval_groups.is_long(recipe, result):
+        return retrieval_groups.group_sentence(recipe, result, prompt, row, col)
+    if recipe.method == "trace-language" and not retrieval_groups.by_position(recipe, figure):
+        kind, layer = divmod(row, result.arrays["indirect_effect"].values.shape[1])
+        token = int(result.values["first_corrupted"]) + col
+        return retrieval_groups.effect_sentence(recipe, result, kind, layer, token)
     name, value = figure.data["names"][row][col], float(np.asarray(figure.data["values"])[row][col])
     said = f"{name}: {number(value)} {figure.data['unit']}."
     arrays, values = result.arrays, result.values
-    if recipe.method == "knockout":
+    if recipe.method == "trace-language":
+        said += " That is the mean over its tokens, which stand below."
+    elif recipe.method == "knockout":
+        row = strongest_rows(arrays["relative_change"].values)[row]
         rank, top = (int(arrays[n].values[row, col]) for n in ("rank", "top_token"))
         word = values["top_words"].get(str(top), top)
         said += (
@@ -153,6 +164,22 @@ def cell_sentence(recipe: Recipe, result: Result, row: int, col: int) -> str:
         source, group = divmod(row, len(arrays["relative_change"].axis("group").labels))
         said += _control(arrays, (source, slice(None), slice(None), group, col))
     return said
+
+
+def side_sentence(result: Result, row: int, col: int) -> str:
+    """The numbers behind a cell of the side-by-side map: the effect, and its share of all that was lost."""
+    figure = side_by_side(result)
+    share = result.arrays["position_share"]
+    conditions = share.axes[0].labels
+    place, condition = divmod(col, len(conditions))
+    kind, layer = divmod(row, share.values.shape[2])
+    said = f"{figure.data['names'][row][col]}: "
+    part = float(share.values[condition, kind, layer, place])
+    if not np.isfinite(part):
+        return f"{said}not measured, or there is no such token."
+    total = result.values[f"total_effect_{conditions[condition].replace(' ', '_')}"]
+    effect = number(float(np.asarray(figure.data["values"])[row][col]))
+    return f"{said}{effect} of the {number(total)} that the noise took, {percent(part)}."
 
 
 def _control(arrays: Any, index: tuple) -> str:

@@ -36,11 +36,13 @@ def as_value(
     tokens by what they are; NaN travels as None. `again`: see heatmap.as_value."""
     tokens, end = [], 0
     for i, ((a, b), label) in enumerate(zip(prompt.offsets, prompt.tokens, strict=True)):
+        # a piece of a character, or of the space before it, has no text of its own: the page draws a sliver
+        label, piece = label.strip("\u0120\u2581") and label, a < b <= end
         a = max(a, end)
         text = prompt.text[a:b] if b > a else ""
         space = text[: len(text) - len(text.lstrip())]
         mine = [name for name, places in roles.items() if i in places]
-        shown = text[len(space) :] or ("" if b > a else label)
+        shown = text[len(space) :] or ("" if b > a or piece else label)
         tokens.append({"before": prompt.text[end:a] + space, "text": shown, "label": label, "roles": mine})
         end = max(end, b)
     known = np.full(len(tokens), np.nan) if values is None else np.asarray(values, float)

@@ -197,6 +197,13 @@ def test_of_many_groups_the_strongest_are_drawn() -> None:
     assert rows == list(range(95 - MOST_ROWS, 95)) and strongest_rows(change[:5]) == [0, 1, 2, 3, 4]
 
 
+def test_the_finding_of_tokens_names_the_strongest(session: Any) -> None:
+    result = cut(session, controls=0, groups=["tokens"])
+    change = result.arrays["relative_change"]
+    name = change.axis("group").labels[int(np.abs(change.values).max(1).argmax())]
+    assert f"can't see token {name}." in result.values["finding"]
+
+
 def test_shares_that_round_to_nothing_have_no_sign() -> None:
     assert (percent(-0.001, signed=True), percent(-0.004), percent(0.0)) == ("0%", "0%", "0%")
     assert (percent(0.126, signed=True), percent(-1, signed=True), percent(0.5)) == ("+13%", "-100%", "50%")

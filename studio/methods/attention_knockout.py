@@ -345,11 +345,13 @@ class _Knockout:
     def _finding(self) -> str:
         """One sentence: what the strongest cuts of attribute, context and subject do."""
         strongest = self._strongest()
-        named = [n for n in ("attribute", "context", "subject") if n in strongest] or list(strongest)[:1]
+        most = sorted(strongest, key=lambda name: -abs(strongest[name]["change"]))
+        named = [n for n in ("attribute", "context", "subject") if n in strongest] or most[:1]
         parts, who = [], "the last token" if self.params.sources == "last" else "later tokens"
         for name in named:
             change, control = strongest[name]["change"], strongest[name]["control"]
             beside = "" if control is None else f" (as many random tokens: {percent(control, signed=True)})"
             verb = "falls" if change < 0 else "rises"
-            parts.append(f"{verb} by {percent(abs(change))} when {who} can't see the {name}{beside}")
+            shown = f"the {name}" if name in GROUPS else f"token {name}" if ":" in name else name
+            parts.append(f"{verb} by {percent(abs(change))} when {who} can't see {shown}{beside}")
         return f"{self.answer.word!r} ({self.answer.probability:.0%}) {'; '.join(parts)}." if parts else ""
