@@ -36,6 +36,7 @@ class EditLines(PromptFile):
         for event in events:
             here = [self.client, *panel.looks, panel.saved]
             panel.then_look(event.then(self.onto_stack, here, panel.changed, **QUIET))
+        panel.then_look(self.picked)  # the prompt to look at may be another
         return events
 
     def also(self) -> list[Any]:
@@ -85,7 +86,8 @@ class EditLines(PromptFile):
         there = {e.edit for e in stack.entries}
         new = [e for e in self.entries(run) if e.edit not in there]
         room = new[: max(0, MOST - len(stack.entries))]
-        said = f"{len(room)} edit{'s' if len(room) != 1 else ''} of the file on the stack, switched off."
+        said = f"{len(room)} edit{'s' if len(room) != 1 else ''} of the file on the stack, switched off; "
+        said += "tick one to see it."
         if left := len(new) - len(room):
             said += f" {left} more {'is' if left == 1 else 'are'} in Runs; a stack holds at most {MOST}."
         return (stack.replaced((*stack.entries, *room)) if room else stack), said

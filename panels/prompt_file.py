@@ -20,7 +20,7 @@ from studio.sweep_file import Point, read_rows
 from studio.types import Recipe
 
 MOST = 200  # lines that run, or that can be chosen from
-GRACE = 60.0  # seconds that the lines go on without a page; a whole file deserves more than a single run
+GRACE = 120.0  # seconds that the lines go on without a page; a whole file deserves more than a single run
 FILES = (".txt", ".jsonl", ".csv")
 PLAIN = ("prompt", "texts", "text", "features", "concept")
 ASK = "Choose a file: .txt with one prompt a line, or .jsonl or .csv with more fields a line."
@@ -32,7 +32,7 @@ def build(panel: str, ask: str = ASK + OF_FIELDS, title: str = "Prompts from a f
     with gr.Accordion(title, open=False, elem_id=f"{panel}-prompts") as fold:
         out: dict[str, Any] = {"fold": fold, "ask": ask, "title": title}
         kinds = dict(file_types=list(FILES), file_count="single", height=110)
-        out["file"] = gr.File(label="File of prompts", elem_id=f"{panel}-prompts-file", **kinds)
+        out["file"] = gr.File(label="File", elem_id=f"{panel}-prompts-file", **kinds)
         out["line"] = gr.Dropdown(
             [],
             label="Put a line into the fields",
@@ -74,7 +74,9 @@ class PromptFile:
         shown = [out[n] for n in ("rows", "line", "buttons", "status", "tables")]
         out["file"].change(self.load, [out["file"], *view], [*shown, *named], **QUIET)
         picked = [out["line"].change, out["line"].select]  # select: the same line once more
-        gr.on(picked, self.pick, [out["line"], out["rows"], *view], [*named, out["status"]], **QUIET)
+        self.picked = gr.on(
+            picked, self.pick, [out["line"], out["rows"], *view], [*named, out["status"]], **QUIET
+        )
         told = [self.client, *(out[n] for n in ("stop", "all", "status", "tables", *KINDS))]
         asked = {*self.panel.named, out["rows"], self.client}
         started = out["all"].click(self.run_all, asked, told, **STREAM)
@@ -104,7 +106,9 @@ class PromptFile:
 
     def filled(self, label: str) -> str:
         """What is said once the lines of a .txt file stand in the field of that label."""
-        return f"They are in “{label}”: press Run. Or run all lines, each by itself."
+        return (
+            f"They are in “{label}”: press {self.panel.form['run'].value}. Or run all lines, each by itself."
+        )
 
     # ---- the file -----------------------------------------------------------------------------------------
 
@@ -139,7 +143,7 @@ class PromptFile:
             return self.listed(rows, f"{told}Put one into the fields, or run all of them.")
         told += f"The first {most} of them: " if most and len(rows) > most else ""
         update = self.listed(rows, told + self.filled(field.label)) if len(rows) <= MOST else hidden
-        said = update.get(out["status"], f"{told}They are in “{field.label}”: press Run.")
+        said = update.get(out["status"], told + self.filled(field.label).partition(" Or ")[0])
         return {out["rows"]: [], **update, out["status"]: said, field: "\n".join(texts[:most])}
 
     def listed(self, rows: list, said: str) -> dict[Any, Any]:
@@ -238,7 +242,8 @@ class PromptFile:
     def finished(self, run: LineRun) -> dict[Any, Any]:
         """What came of it, with the tables of what was made."""
         out = self.out
-        said = f"{len(run.made)} of {len(run.points)} lines ran; the runs are kept, see Runs."
+        said = f"{len(run.made)} of {len(run.points)} lines ran"
+        said += "; the runs are kept, see Runs." if run.made else "."
         said += f" {len(run.failed)} failed, the first: {run.failed[0]}" if run.failed else ""
         if run.left:
             said += " Run all lines goes on with the others; what is kept is found at once."

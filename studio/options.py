@@ -102,7 +102,7 @@ def method_options(method: Method) -> dict[str, Option]:
             kind = list if key == "edit" else str
             options.setdefault(key, (kind, metavar, help_, defaults.get(key, "")))
     if "prompt" in options:
-        told = "a run a line: a .txt file of prompts, or .jsonl with more inputs; tables go to --out"
+        told = "a run a line: a .txt file of prompts, or .jsonl or .csv with more inputs; tables go to --out"
         options["prompts"] = (str, "FILE", told, "")
     if method.saves:
         options["save"] = (str, "FILE", f"also write the {method.saves} here; must not exist", "")

@@ -88,7 +88,7 @@ def test_every_panel_with_a_prompt_takes_a_file(files: Any) -> None:
         ("decompose", "decompose", "texts", "2 lines. They are in “Texts”: press Run. Or run all lines"),
         ("decompose", "ablate-components", "texts-ablate-components", "2 lines. They are in “Texts”"),
         ("decompose", "rank-components", "features", "2 lines. They are in “Features”"),
-        ("audit", None, "neighbours", "2 lines. They are in “Neighbours”: press Run."),
+        ("audit", None, "neighbours", "2 lines. They are in “Neighbours”: press Audit the stack."),
     ],
 )
 def test_a_text_file_fills_the_field_of_several(
@@ -340,8 +340,7 @@ def test_a_page_that_is_loaded_again_takes_the_lines_up(files: Any, tables: list
     assert lines.stop(kept) == "Stopping …"
     last = list(shown)[-1]
     assert last[out["status"]] == (
-        "0 of 2 lines ran; the runs are kept, see Runs. Run all lines goes on with the others; what is "
-        "kept is found at once."
+        "0 of 2 lines ran. Run all lines goes on with the others; what is kept is found at once."
     )
     assert lines.stop(kept) == lines.stop(None) == "Nothing is running."
     assert lines.awaited(kept, PAGE) == {"fields": True}
@@ -366,12 +365,16 @@ def test_edits_of_a_file_go_on_the_stack_switched_off(files: Any, monkeypatch: p
     monkeypatch.setattr(EditLines, "entries", lambda self, run: made)
     stack, said = lines.added(run_of(Sessions()), Stack((Entry("1", "mine"),)))
     assert [(e.edit, e.on) for e in stack.entries] == [("1", True), ("0", False), ("2", False), ("3", False)]
-    assert said == "3 edits of the file on the stack, switched off." and stack.undo().entries[0].edit == "1"
+    assert (
+        said == "3 edits of the file on the stack, switched off; tick one to see it."
+        and stack.undo().entries[0].edit == "1"
+    )
     full = Stack(tuple(Entry(f"e{n}", "") for n in range(MOST - 1)))
     stack, said = lines.added(run_of(Sessions()), full)
     assert len(stack.entries) == MOST
     assert said == (
-        "1 edit of the file on the stack, switched off. 3 more are in Runs; a stack holds at most 24."
+        "1 edit of the file on the stack, switched off; tick one to see it. 3 more are in Runs; "
+        "a stack holds at most 24."
     )
 
 
@@ -393,5 +396,8 @@ def test_edits_of_a_file_are_made(files: Any, session: Any, atlas: Any) -> None:
         ("star → moon (uce)", False),
         ("sketch → nothing (uce)", False),
     ]
-    assert shown[lines.panel.out["status"]] == "2 edits of the file on the stack, switched off."
+    assert (
+        shown[lines.panel.out["status"]]
+        == "2 edits of the file on the stack, switched off; tick one to see it."
+    )
     assert lines.onto_stack({"token": run.token}, stack, *looks) == {lines.panel.stack: stack}
