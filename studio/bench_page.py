@@ -20,7 +20,7 @@ Measured by one program in one run, ratios of things that ran in turn, the best 
     python -m studio.bench_page bench.json > assets/docs/benchmark.md
 
 `--only NAME` picks; `locus bench --help` names them all."""
-START = """Most of a server's start is the import of Gradio with FastAPI and pandas and the putting together of
+START = """Most of the start is the import of Gradio with FastAPI and pandas and the putting together of
 the page; then come torch (which says what device there is) and Locus itself. transformers, diffusers,
 open_clip, timm, scipy and matplotlib are imported when they are first used, and the embedded model is loaded
 once the server answers; with `--device cpu` the server starts without torch. `locus --help` imports neither
