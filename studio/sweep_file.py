@@ -255,7 +255,8 @@ def _of_csv(source: Path) -> list[tuple[int, dict[str, Any]]]:
         for cells in reader:
             if len(cells) > len(names):
                 raise RequestError(
-                    f"Line {reader.line_num} of {source} has more cells than columns are named."
+                    f"Line {reader.line_num} of {source} has more cells than columns are named; put quotes "
+                    "around a text that holds a comma."
                 )
             row = {n: c.strip() for n, c in zip(names, cells, strict=False) if c.strip()}
             if row:

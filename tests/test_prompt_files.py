@@ -122,3 +122,40 @@ def test_a_sweep_takes_a_text_file_for_its_rows(tmp_path: Path) -> None:
         (1, {"prompt": "a"}),
         (2, {"window": 3}),
     ]
+
+
+def test_columns_of_a_csv_file(locus: Any, tmp_path: Path, capsys: Any) -> None:
+    """Cells are options, as typed; an empty one leaves the option as it is."""
+    file = written(tmp_path, "p.csv", "prompt, steps", '"a red star, on white",1', "", "a blue circle,")
+    assert read_rows(file) == [
+        (2, {"prompt": "a red star, on white", "steps": "1"}),
+        (4, {"prompt": "a blue circle"}),
+    ]
+    asked = ["generate", "--prompts", file, "--steps", "2", "--out", tmp_path / "out"]
+    assert locus(*asked) == 0 and capsys.readouterr().out.startswith("2 runs made")
+    runs = [json.loads(f.read_text())["recipe"] for f in (tmp_path / "runs").glob("*/run.json")]
+    assert sorted((*r["inputs"]["prompt"], r["params"]["steps"]) for r in runs) == [
+        ("a blue circle", 2),
+        ("a red star, on white", 1),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["prompt,prompt", "a,b"], "The first line of {file} must name each column once, such as prompt,"),
+        (["prompt,", "a,b"], "The first line of {file} must name each column once"),
+        (["prompt", "a", "b,c"], "Line 3 of {file} has more cells than columns are named; put quotes around"),
+        (["prompt", 'a "b', '"c" d'], "Line 3 of {file} is no CSV: "),
+        (
+            ["prompt,steps", ",", ""],
+            "{file} holds no line below the names of its columns; write a run a line.",
+        ),
+        (["prompt,device", "a,cpu"], "Line 2 of {file} holds 'device', which is one for all runs"),
+    ],
+)
+def test_csv_files_that_are_wrong(tmp_path: Path, lines: list[str], says: str) -> None:
+    file = written(tmp_path, "p.csv", *lines)
+    with pytest.raises(RequestError) as error:
+        read_rows(file)
+    assert str(error.value).startswith(says.format(file=file))
