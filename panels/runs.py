@@ -127,6 +127,11 @@ class _Panel:
         )
         return chosen(runs, wanted, self.notes.texts(), self.notes.starred())
 
+    def page_of(self, run_id: str, *query: Any) -> int:
+        """The page of the list on which a run stands; the present one for a run that was not found."""
+        places = [run.id for run in self.found(*query)]
+        return places.index(run_id) // PAGE if run_id in places else int(query[6] or 0)
+
     def listed(self, *query: Any) -> dict[Any, Any]:
         """Updates of the list, of what is said about it, and of the choices in the filters."""
         form, (page, picked, ticked) = self.form, query[6:]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import gradio as gr
 import numpy as np
 from PIL import Image
 
-from panels import heatmap
+from panels import heatmap, picture_grid
 from panels.running import QUIET, STREAM
 from panels.runs_form import GRID, IMAGES
 from panels.runs_view import said_in
@@ -46,7 +45,7 @@ class Grid:
         """Connects everything."""
         out = self.out
         chosen = [out[n] for n in ("shows", "rows", "cols", "held")]
-        drawn = [out[n] for n in ("grid_said", "grid_map", "grid_figure", "grid_export")]
+        drawn = [out[n] for n in ("grid_said", "grid_map", "grid_pictures", "grid_export")]
         drawn += [out[f"grid_{kind}"] for kind in ("png", "svg", "pdf")]
         asked, shown = [*chosen, *self.panel.query], [*chosen, *drawn]
         latest = dict(trigger_mode="always_last", **STREAM)
@@ -55,8 +54,8 @@ class Grid:
         often = dict(trigger_mode="multiple", **QUIET)
         panel = self.panel
         picked = [*panel.listing, *panel.detail, out["grid_said"]]
-        event = out["grid_map"].select(self.pick, asked, picked, **often)
-        panel.then_export(event)
+        for name in ("grid_map", "grid_pictures"):
+            panel.then_export(out[name].select(self.pick, asked, picked, **often))
 
     def runs(self, query: tuple) -> list[Summary]:
         """The ticked runs, else all that were found; RequestError when there is none, or too many."""
@@ -84,7 +83,7 @@ class Grid:
             out["held"]: gr.update(choices=others, value=only, visible=bool(others)),
             out["grid_said"]: f"{len(runs)} run{'' if len(runs) == 1 else 's'}: {made.said}",
         }
-        return update | self.shown(figure)
+        return update | self.shown(figure, made)
 
     def made(
         self, runs: list[Summary], shows: str, row: str, col: str, held: list[str] | None
@@ -119,8 +118,8 @@ class Grid:
         except (RequestError, OSError, ValueError, SyntaxError):
             return None
 
-    def shown(self, figure: Figure) -> dict[Any, Any]:
-        """The figure on screen and as files; a number's grid can be clicked."""
+    def shown(self, figure: Figure, made: Made) -> dict[Any, Any]:
+        """The figure on screen, where its cells can be clicked, and as files."""
         out, folder = self.out, new_folder()
         files = {kind: to_bytes(figure, kind) for kind in ("png", "svg", "pdf")}
         for kind, content in files.items():
@@ -130,20 +129,43 @@ class Grid:
         }
         update |= {out["grid_export"]: gr.Row(visible=True)}
         heat = figure.kind == "heat"
-        value = heatmap.as_value(figure, True) if heat else None
-        update[out["grid_map"]] = gr.update(visible=heat, **({"value": value} if heat else {}))
-        picture = None if heat else Image.open(io.BytesIO(files["png"]))
-        return update | {out["grid_figure"]: gr.update(value=picture, visible=not heat)}
+        value = (
+            heatmap.as_value(figure, True) if heat else picture_grid.as_value(figure, names_of(made), True)
+        )
+        seen, hidden = ("grid_map", "grid_pictures")[:: 1 if heat else -1]
+        return update | {
+            out[seen]: gr.update(value=value, visible=True),
+            out[hidden]: gr.update(visible=False),
+        }
 
     @said_in("grid_said")
     def pick(
         self, event: gr.EventData, shows: str, row: str, col: str, held: list | None, *query: Any
     ) -> dict[Any, Any]:
-        """A number was clicked: its run is chosen."""
+        """A cell was clicked: its run is chosen, on the page of the list where it stands."""
         made, *_ = self.made(self.runs(query), shows, row, col, held)
         r, c = heatmap.chosen(event, len(made.rows), len(made.cols))
         cell = made.cells[r][c]
         if cell is None:
             raise RequestError("No run is at this place.")
-        shown = {**self.panel.listed(*query[:7], cell.run, query[8]), **self.panel.show(cell.run)}
-        return {**shown, self.out["grid_said"]: f"The run is chosen; it stands under Run. {made.said}"}
+        if self.panel.gone(cell.run):
+            raise RequestError("This run is no longer there; draw the grid anew.")
+        page = self.panel.page_of(cell.run, *query)
+        shown = self.panel.listed(*query[:6], page, cell.run, query[8])
+        said = f"Chosen: {names_of(made)[r][c]}, the run {cell.run}. It stands under Run."
+        return {**shown, **self.panel.show(cell.run), self.out["grid_said"]: said}
+
+
+def names_of(made: Made) -> list[list[str]]:
+    """What each place of a grid is, in words; "" where there is nothing."""
+    titles = [
+        [f"{title} {label}" if title else "" for label in labels]
+        for title, labels in ((made.row, made.rows), (made.col, made.cols))
+    ]
+    return [
+        [
+            ", ".join(filter(None, (r, c))) or cell.run if cell else ""
+            for c, cell in zip(titles[1], line, strict=True)
+        ]
+        for r, line in zip(titles[0], made.cells, strict=True)
+    ]

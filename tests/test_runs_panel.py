@@ -428,7 +428,23 @@ def test_a_grid_of_images_and_one_of_numbers(panel: runs._Panel, ids: list[str],
     tab = Grid(panel, panel.out)
     update = tab.draw("images", "", "", [], *ALL)
     assert said(panel, update, "grid_said") == "4 runs: 3 × 2, 2 of them empty."
-    assert update[panel.out["grid_figure"]]["value"].width > 200
+    pictures = update[panel.out["grid_pictures"]]["value"]
+    assert (pictures["rows"], pictures["cols"]) == (
+        ["a blue star", "a red house", "a red star"],
+        ["5", "none"],
+    )
+    assert pictures["names"][0] == ["", "prompt a blue star, guidance none"]
+    assert [[bool(p) for p in line] for line in pictures["pictures"]] == [
+        [False, True],
+        [False, True],
+        [True] * 2,
+    ]
+    assert pictures["pictures"][0][1].startswith("data:image/png;base64,")
+    shot = tab.pick(event(row=1, col=1), "images", "prompt", "guidance", [], *ALL)
+    assert shot[panel.chosen] == ids[2] and shot[panel.form["list"]]["chosen"] == ids[2]
+    assert said(panel, shot, "grid_said") == (
+        f"Chosen: prompt a red house, guidance none, the run {ids[2]}. It stands under Run."
+    )
     assert Path(update[panel.out["grid_png"]].value["path"]).read_bytes()[:4] == b"\x89PNG"
     numbers = tab.draw("total", "prompt", "guidance", [], *ALL)
     value = numbers[panel.out["grid_map"]]["value"]
