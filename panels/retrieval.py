@@ -76,7 +76,7 @@ class _Panel(Running):
             lambda name: self.switch(name, fixed), form["method"], [form[n] for n in fixed], **QUIET
         )
         texts = [form["model"], *(form[n] for n in TEXTS[:4])]
-        typed = [form[n].blur for n in TEXTS[:4]]
+        typed = [*(form[n].blur for n in TEXTS[:4]), form["model"].change]
         seen = [self.state, *texts]
         gr.on(typed, self.tokens, seen, out["strip"], trigger_mode="always_last", **STREAM)
         often = dict(trigger_mode="multiple", **QUIET)
@@ -86,7 +86,9 @@ class _Panel(Running):
         out["side"].select(widgets.guarded(self.beside), beside, [out["text"], out["heads"]], **often)
         told = [form[n] for n in ("subject", "subject_occurrence", "attribute", "attribute_occurrence")]
         selected = [*told, out["text"], out["heads"], out["strip"]]
-        out["strip"].select(widgets.guarded(self.select), [self.state, *texts], selected, **often)
+        chosen = out["strip"].select(widgets.guarded(self.select), [self.state, *texts], selected, **often)
+        # a strip of the fields as they were before may still be on its way, and would take its place
+        chosen.then(self.tokens, seen, out["strip"], trigger_mode="always_last", **STREAM)
         coloured = [self.state, out["quantity"], out["scale"]]
         out["quantity"].input(widgets.guarded(self.recolour), coloured, out["strip"], **often)
         found = [form["context"], out["status"]]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.browser.studio import Visit
+from tests.test_retrieval_panel import ASKED, long_context, with_room
 
 pytestmark = pytest.mark.browser
 
@@ -77,6 +79,28 @@ def test_words_selected_in_the_strip_become_the_attribute(visit: Visit) -> None:
         "document.querySelector('#retrieval-attribute textarea, #retrieval-attribute input').value === 'Wend'"
     )
     page.wait_for_selector("#retrieval-strip .role-attribute:has-text('Wend')")
+
+
+def test_a_thousand_tokens_show_groups_and_then_tokens(visit: Visit, tmp_path: Path) -> None:
+    page = opened(visit)
+    for name, text in (ASKED | {"context": long_context()}).items():
+        fill(page, name, text)
+    page.locator("button:visible", has_text="Options").first.click()
+    page.locator("#retrieval-model input").fill(str(with_room(tmp_path / "long")))
+    page.locator("#retrieval-model input").press("Enter")
+    page.locator("#retrieval-model input").press("Tab")
+    page.wait_for_function("document.querySelectorAll('#retrieval-strip .token').length > 1000")
+    page.click("#retrieval-run")
+    visit.status("Done", "retrieval")
+    said = "document.querySelector('#retrieval-detail-text textarea').value"
+    page.wait_for_selector('#retrieval-figure .cell[data-row="28"]')
+    page.click('#retrieval-figure .cell[data-row="5"][data-col="3"]')
+    page.wait_for_function(f'{said}.startsWith("Sentence \'1: The capital of Arvonia")')
+    page.click('#retrieval-side .cell[data-row="2"][data-col="3"]')
+    page.wait_for_function(f"{said}.includes(', layer 3: ') && {said}.includes('share of the layer')")
+    page.wait_for_selector("#retrieval-heads .cell")
+    page.locator("#retrieval-strip .token").nth(1000).click()
+    page.wait_for_function(f"{said}.startsWith('Token 1000')")
 
 
 def test_a_context_is_found_in_passages(visit: Visit) -> None:
