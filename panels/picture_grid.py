@@ -34,6 +34,7 @@ def as_value(figure: Figure, names: Sequence[Sequence[str]], again: bool = False
     images, rows, cols = (list(figure.data[n]) for n in ("images", "rows", "cols"))
     side = max(16, min(MOST_SIDE, int(math.sqrt(MOST_PIXELS / max(1, len(rows) * len(cols))))))
     value = {
+        "title": figure.title,
         "rows": rows,
         "cols": cols,
         "names": [list(line) for line in names],

@@ -186,7 +186,8 @@ def _store(quota: int) -> dict[str, Any]:
         out["quota"] = gr.Textbox(
             size_text(quota),
             label="Quota",
-            info="What all runs together may take. Nothing is removed until you press Prune.",
+            info="What runs, kept edits and uploaded images may take together. Nothing is removed until you "
+            "press Prune.",
             elem_id="runs-quota",
             max_length=40,
         )

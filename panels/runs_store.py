@@ -21,7 +21,7 @@ class StoreTab:
     def __init__(self, panel: Any, out: dict[str, Any]) -> None:
         self.panel, self.out = panel, out
         self.sizes = Sizes(panel.session.store)
-        self.planned = gr.State([])  # what the page was shown: names in the bin, ids of runs
+        self.planned = gr.State([])  # what the page was shown: ids of images, names in the bin, ids of runs
 
     def wire(self) -> None:
         """Connects everything."""
@@ -40,16 +40,17 @@ class StoreTab:
 
     def shown(self, plan: Plan, first: str = "") -> dict[Any, Any]:
         """Updates that show a plan and the bin; `first`: a sentence before it."""
-        out, doomed = self.out, [*plan.bin, *plan.runs]
-        lines = [f"{size_text(size):>9}\tdeleted\t{entry.run}" for entry, size in plan.bin]
+        out = self.out
+        lines = [f"{size_text(size):>9}\tuploaded images\t{name}" for name, size in plan.sets]
+        lines += [f"{size_text(size):>9}\tdeleted\t{entry.run}" for entry, size in plan.bin]
         for run, size in plan.runs:
             lines.append(f"{size_text(size):>9}\t{run.started[:10]}\t{run.id}\t{run.title[:80]}")
         more = [f"… and {len(lines) - MOST_LISTED} more"] if len(lines) > MOST_LISTED else []
         return {
             self.planned: _names(plan),
             out["plan_said"]: gr.update(value=f"{first} {plan.said}".strip(), visible=True),
-            out["planned"]: gr.update(value="\n".join([*lines[:MOST_LISTED], *more]), visible=bool(doomed)),
-            out["prune"]: gr.Button(interactive=bool(doomed)),
+            out["planned"]: gr.update(value="\n".join([*lines[:MOST_LISTED], *more]), visible=not plan.empty),
+            out["prune"]: gr.Button(interactive=not plan.empty),
             **self.bin(),
         }
 
@@ -96,4 +97,5 @@ def _time(seconds: int) -> str:
 
 def _names(plan: Plan) -> list[str]:
     """What a plan removes, by name."""
-    return [entry.name for entry, _ in plan.bin] + [run.id for run, _ in plan.runs]
+    sets = [name for name, _ in plan.sets]
+    return sets + [entry.name for entry, _ in plan.bin] + [run.id for run, _ in plan.runs]

@@ -23,7 +23,7 @@ def serve(argv: list[str]) -> int:
         "port": (str, "INT", "port; 0 takes a free one", "7860"),
         "auth": (str, "USER:PASS", "ask for this login", ""),
         "inbrowser": (bool, "", "open the browser", ""),
-        "quota": (str, "SIZE", "what all runs may take before pruning is offered", "$LOCUS_QUOTA, or 20GB"),
+        "quota": (str, "SIZE", "what the store may take before pruning is offered", "$LOCUS_QUOTA, or 20GB"),
         "mcp": (bool, "", "also serve every method as a tool for assistants (needs the extra mcp)", ""),
         "compile": COMPILE,
     }

@@ -14,8 +14,9 @@ from studio.store import QUOTA, Store
 
 _RUNS = "Runs in the store, newest first. WORDS must all occur in prompts, other inputs, notes or findings."
 _PRUNE = (
-    "Removes deleted runs, then the oldest, until the rest takes no more than the quota; runs with a note "
-    "come last, those with a star stay. Nothing can be put back afterwards."
+    "Removes uploaded images that nothing needs, deleted runs, then the oldest runs, until the store is "
+    "within the quota; runs with a note come last. Runs with a star, kept edits and images that a run "
+    "names stay. Nothing can be put back afterwards."
 )
 _LISTED = ("id", "method", "model", "status", "started", "seconds", "title", "fault")
 
@@ -80,7 +81,12 @@ def runs(argv: list[str]) -> int:
 def prune_runs(argv: list[str]) -> int:
     """prune: removes deleted and old runs until the store is within a quota; --dry-run says which"""
     options = {
-        "quota": (str, "SIZE", "what all runs may take, such as 5GB", "$LOCUS_QUOTA, or 20GB"),
+        "quota": (
+            str,
+            "SIZE",
+            "what runs, kept edits and uploads may take, such as 5GB",
+            "$LOCUS_QUOTA, or 20GB",
+        ),
         "dry_run": (bool, "", "only say what would be removed", ""),
         "runs": (str, *COMMON["runs"], ""),
         "json": (bool, "", "print JSON", ""),
@@ -92,11 +98,13 @@ def prune_runs(argv: list[str]) -> int:
     if not store.root.is_dir():
         raise RequestError(f"There is no store {store.root}; name one with --runs.")
     plan = Sizes(store).plan(RunIndex(store).all(), quota)
-    done = "" if given["dry_run"] or not (plan.bin or plan.runs) else prune(store, plan)
+    done = "" if given["dry_run"] or plan.empty else prune(store, plan)
     if given["json"]:
         print(json.dumps(_record(plan, bool(done)), indent=1))
         return 0
-    for name, size in [(t.run, n) for t, n in plan.bin] + [(r.id, n) for r, n in plan.runs]:
+    lines = [(f"uploaded images {name}", n) for name, n in plan.sets]
+    lines += [(t.run, n) for t, n in plan.bin] + [(r.id, n) for r, n in plan.runs]
+    for name, size in lines:
         print(f"{size_text(size):>9}  {name}")
     print(plan.said if not done else done)
     return 0
@@ -104,9 +112,10 @@ def prune_runs(argv: list[str]) -> int:
 
 def _record(plan: Plan, done: bool) -> dict[str, Any]:
     """A plan as JSON."""
-    sizes = {n: getattr(plan, n) for n in ("quota", "used", "left", "starred")}
+    sizes = {n: getattr(plan, n) for n in ("quota", "used", "left", "starred", "edits", "uploads")}
     deleted = [{"id": t.run, "bytes": size} for t, size in plan.bin]
     return sizes | {
+        "unused_uploads": [{"id": name, "bytes": size} for name, size in plan.sets],
         "deleted": deleted,
         "runs": [{"id": r.id, "bytes": n} for r, n in plan.runs],
         "done": done,

@@ -24,6 +24,7 @@ from studio.store import HIDDEN, Store
 MOST = 256  # sets
 MOST_BYTES = 8 * 2**30
 MOST_FILES = 20_000  # of one set
+DAY = 24 * 3600.0
 MONTH = 30 * 24 * 3600.0
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -72,6 +73,17 @@ class Uploads:
     def sweep(self, older: float = MONTH) -> int:
         """Removes sets that were not used for so many seconds; returns how many."""
         return self._remove(f for f in self._sets() if time.time() - _used(f) > older)
+
+    def sets(self) -> dict[str, float]:
+        """{id of a set: when it was last used, in seconds}, the last used first."""
+        return {folder.name: _used(folder) for folder in self._sets()}
+
+    def remove(self, set_id: str, older: float = DAY) -> bool:
+        """Removes a set that was not used for so many seconds; whether it is gone."""
+        folder = self.root / set_id
+        if folder not in self._sets() or time.time() - _used(folder) <= older:
+            return not folder.exists()
+        return self._remove([folder]) == 1
 
     def _write(self, found: str, files: dict[str, Path]) -> None:
         """The set beside its place, then renamed."""

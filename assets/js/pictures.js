@@ -12,8 +12,8 @@ function draw() {
   }
   cur = [Math.min(cur[0], d.rows.length - 1), Math.min(cur[1], d.cols.length - 1)];
   const grid = make('div', 'pictures');
-  grid.style.gridTemplateColumns = `minmax(0, 130px) repeat(${d.cols.length}, minmax(64px, 160px))`;
-  grid.append(make('div', 'head'), ...d.cols.map(text => make('div', 'head col', text)));
+  grid.style.gridTemplateColumns = `fit-content(130px) repeat(${d.cols.length}, minmax(64px, 160px))`;
+  grid.append(make('div', 'head row', d.title), ...d.cols.map(text => make('div', 'head col', text)));
   d.rows.forEach((text, r) => {
     grid.append(make('div', 'head row', text));
     d.pictures[r].forEach((address, c) => {
