@@ -95,7 +95,7 @@ def outputs() -> dict[str, Any]:
     out["quantity"] = widgets.Choice(
         [], label="Tokens are coloured by", visible=False, elem_id="retrieval-quantity"
     )
-    out["text"] = widgets.line(ASK, "retrieval-detail-text", lines=2)
+    out["text"] = widgets.line(ASK, "retrieval-detail-text", lines=2, most=16)
     with gr.Tabs():
         with gr.Tab("Map", id="map"), gr.Column(min_width=320):
             out["figure"] = heatmap.HeatMap(HINT, elem_id="retrieval-figure")

@@ -84,15 +84,17 @@ def group_map(recipe: Recipe, result: Result, prompt: Any) -> Figure:
 
 
 def _called(name: str) -> str:
-    return f"sentence {name[:60]!r}" if name[0].isdigit() else name
+    nth, _, words = name.partition(": ")
+    return f"sentence {nth}, {words[:60]!r}" if words else name
 
 
 def group_sentence(recipe: Recipe, result: Result, prompt: Any, row: int, col: int) -> str:
     """The numbers of a group in a layer."""
     name, tokens = list(shown_groups(recipe, result, prompt).items())[row]
     share, added = result.arrays["share"].values[col, tokens], result.arrays["projection"].values[..., tokens]
+    called = _called(name)
     return (
-        f"{_called(name)[0].upper()}{_called(name)[1:]}, layer {col}: {share.sum():.0%} of the layer's "
+        f"{called[0].upper()}{called[1:]}, layer {col}: {share.sum():.0%} of the layer's "
         f"contributions, {added[col].sum():+.2f} to the answer's logit ({added.sum():+.2f} over all layers). "
         f"Its tokens stand below."
     )
@@ -149,7 +151,8 @@ def _tokens(
         "unit": unit,
     }
     few = "" if len(shown) == len(tokens) else f"{len(shown)} of {len(tokens):,} "
-    caption = f"{few}tokens of {_called(name)}{', those with the largest numbers' if few else ''}."
+    called = _called(name)
+    caption = f"{few}tokens of {called}{', those with the largest numbers' if few else ''}."
     return Figure("heat", data, caption=caption[0].upper() + caption[1:])
 
 

@@ -160,6 +160,11 @@ def cell_sentence(recipe: Recipe, result: Result, row: int, col: int, prompt: An
             f"(clean {number(float(arrays['probability'].values))}), rank {rank}, most probable {word!r}."
         )
         said += _control(arrays, (slice(None), slice(None), row, col))
+        held = arrays["groups"].values
+        if held.shape[1] > retrieval_groups.LONG and held[row].sum() > 1:
+            said += (
+                " To cut each of its tokens by itself choose tokens under “Groups” in Options, and run again."
+            )
     elif recipe.method == "context-use":
         source, group = divmod(row, len(arrays["relative_change"].axis("group").labels))
         said += _control(arrays, (source, slice(None), slice(None), group, col))

@@ -78,6 +78,7 @@ def test_contributions_to_a_thousand_tokens_show_groups_and_then_tokens(
         "The capital of Arvonia is Quill."
     )
     clicked = panel.click(at(5, 3), kept)
+    assert clicked[out["text"]].startswith("Sentence 1, 'The capital of Arvonia is Quill.', layer 3: ")
     assert f"layer 3: {share[3, tokens].sum():.0%} of the layer's" in clicked[out["text"]]
     inside = clicked[out["side"]]["value"]
     assert [int(row.split(":")[0]) for row in inside["rows"]] == list(tokens)
@@ -161,10 +162,19 @@ def test_many_cut_groups_show_the_strongest_and_a_click_gets_its_own(session: Se
     figure = retrieval_view.map_of(run.recipe, run.result)
     assert len(figure.data["rows"]) == 40 < len(change.axis("group").labels)
     assert figure.caption.startswith(f"40 of {len(change.axis('group').labels)} groups, the strongest.")
+    assert "choose tokens under" not in panel.click(at(0, 0), kept)[panel.out["text"]]
     row = change.axis("group").labels.index(figure.data["rows"][30])
     knocked = float(run.result.arrays["knocked_out"].values[row, 2])
     told = panel.click(at(30, 2), kept)[panel.out["text"]]
     assert f"Probability {retrieval_groups.number(knocked)} " in told
+
+
+def test_a_group_of_a_long_prompt_says_how_its_tokens_are_cut(
+    session: Session, panel: Any, long_model: str
+) -> None:
+    kept, run = ran(session, "knockout", long_model, context=long_context())
+    row = run.result.arrays["relative_change"].axis("group").labels.index("context")
+    assert "choose tokens under “Groups”" in panel.click(at(row, 0), kept)[panel.out["text"]]
 
 
 def test_pieces_of_characters_stand_in_the_strip_once(session: Session) -> None:
