@@ -42,6 +42,11 @@ function mark(r, c) {
   if (e) e.scrollIntoView({block: 'nearest', inline: 'nearest'});
   said.textContent = name(r, c);
 }
+function next(step) {  // where nothing lies that way: on in reading order
+  const d = data(), C = d.cols.length;
+  for (let i = cur[0] * C + cur[1] + step; i >= 0 && i < d.rows.length * C; i += step)
+    if (name(Math.floor(i / C), i % C)) return mark(Math.floor(i / C), i % C);
+}
 function pick(r, c) { mark(r, c); held = name(r, c); trigger('select', {row: r, col: c}); }
 root.addEventListener('click', e => {
   const t = e.target.closest('.cell');
@@ -56,6 +61,7 @@ root.addEventListener('keydown', e => {
   if (step) {
     do { r += step[0]; c += step[1]; } while (r >= 0 && c >= 0 && r < R && c < C && !name(r, c));
     if (r >= 0 && c >= 0 && r < R && c < C) mark(r, c);
+    else next(step[0] + step[1]);
   }
   else if (e.key === 'Home' || e.key === 'End') { if (whole.length) mark(r, whole.at(e.key === 'Home' ? 0 : -1)); }
   else if ((e.key === 'Enter' && !e.ctrlKey && !e.metaKey) || e.key === ' ') { if (name(r, c)) pick(r, c); }

@@ -107,6 +107,25 @@ def test_two_runs_are_compared_and_one_is_deleted_and_put_back(visit: Visit, tra
     visit.status("Put back.", "runs")
 
 
+def test_a_picture_of_the_grid_chooses_its_run_by_mouse_and_by_keys(visit: Visit, traced: list[str]) -> None:
+    page = opened(visit)
+    search(page, "star trace-unet", 2)
+    page.get_by_role("tab", name="Grid", exact=True).click()
+    page.click("#runs-grid-draw")
+    page.wait_for_selector("#runs-grid-pictures .cell img")
+    said = "document.querySelector('#runs-grid-said textarea').value"
+    page.locator("#runs-grid-pictures .cell").first.click()
+    page.wait_for_function(f"{said}.startsWith('Chosen: ')")
+    first = next(run for run in traced if run in value(page, "runs-grid-said"))
+    page.wait_for_selector(f"{ROW}.chosen")
+    page.keyboard.press("ArrowDown")  # nothing lies right below: on to the next place
+    page.keyboard.press("Enter")
+    (other,) = {*traced} - {first}
+    page.wait_for_function(f"id => {said}.includes(id)", arg=other)
+    assert page.locator("#runs-grid-pictures .cell.chosen").count() == 1
+    assert page.locator(f"{ROW}.chosen").count() == 1
+
+
 def test_a_link_opens_a_run_and_one_that_is_gone_is_said(visit: Visit, traced: list[str]) -> None:
     page = goes(visit, f"?run={traced[0]}")
     visit.status("Opened the run of ", "trace")
