@@ -110,11 +110,12 @@ class Running(ABC):
     def awaited(self, kept: dict | None, request: gr.Request) -> dict[str, str] | None:
         """The page is alive: the link that it came by, where it has inputs for this panel; empty where only a
         job of this browser is to be taken up; None where there is neither."""
-        query = dict(request.query_params)
-        if query.get("tab", "").lower() == self.panel and len(query) > 1:
-            return query
-        job = self.job_of(kept)
-        return None if job is None or job.over else {}
+        job, query = self.job_of(kept), dict(request.query_params)
+        runs = job is not None and not job.over
+        if runs:
+            self.viewers.watch(str(request.session_hash), job)
+        linked = query.get("tab", "").lower() == self.panel and len(query) > 1
+        return query if linked else {} if runs else None
 
     def again(self, link: dict[str, str], kept: dict | None, request: gr.Request) -> Iterator[dict]:
         """A link's inputs are put in. A job that this browser started is taken up if it runs."""
@@ -122,7 +123,6 @@ class Running(ABC):
         job = self.job_of(kept)
         if job is None or job.over:
             return
-        self.viewers.watch(str(request.session_hash), job)
         yield from self.stream(job)
 
     def stop(self, kept: dict | None) -> str:

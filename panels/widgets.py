@@ -23,7 +23,7 @@ from studio.registry import REQUIRED, Method, base_type, find_method, hints
 from studio.types import Recipe, Result, Run
 
 _log = logging.getLogger("locus")
-GRACE = 10.0  # seconds that a job outlives its page, so that a reload can take it up again
+GRACE = 30.0  # seconds that a job goes on without a page; a slow machine takes long to load one again
 
 
 def knobs(methods: list[Method]) -> dict[str, tuple[Any, Any]]:
