@@ -6,7 +6,7 @@ from typing import Any
 
 import gradio as gr
 
-from panels import heatmap, picture_grid, widgets
+from panels import colour_scale, heatmap, picture_grid, widgets
 from panels.runs_view import ASK, RunList
 from studio.run_quota import size_text
 
@@ -170,6 +170,8 @@ def _grid() -> dict[str, Any]:
     out["draw"] = gr.Button("Draw the grid", variant="primary", size="sm", elem_id="runs-grid-draw")
     out["grid_said"] = widgets.line(GRID, "runs-grid-said", lines=2)
     out["grid_map"] = heatmap.HeatMap("", elem_id="runs-grid-map", visible=False)
+    with gr.Column(visible=False) as out["grid_scaled"]:
+        out["grid_scale"] = colour_scale.field("runs-grid")
     out["grid_pictures"] = picture_grid.PictureGrid("", elem_id="runs-grid-pictures", visible=False)
     with gr.Row(visible=False, elem_id="runs-grid-export") as row:
         for kind in ("png", "svg", "pdf"):

@@ -14,7 +14,8 @@ from panels.runs_form import GRID, IMAGES
 from panels.runs_view import said_in
 from studio.errors import RequestError
 from studio.exports import new_folder, write_file
-from studio.figures import to_bytes
+from studio.figures import scaled, to_bytes
+from studio.palette import read_scale
 from studio.run_grid import (
     Cell,
     grid,
@@ -44,13 +45,13 @@ class Grid:
     def wire(self) -> None:
         """Connects everything."""
         out = self.out
-        chosen = [out[n] for n in ("shows", "rows", "cols", "held")]
-        drawn = [out[n] for n in ("grid_said", "grid_map", "grid_pictures", "grid_export")]
+        chosen, scale = [out[n] for n in ("shows", "rows", "cols", "held")], out["grid_scale"]
+        drawn = [out[n] for n in ("grid_said", "grid_map", "grid_scaled", "grid_pictures", "grid_export")]
         drawn += [out[f"grid_{kind}"] for kind in ("png", "svg", "pdf")]
-        asked, shown = [*chosen, *self.panel.query], [*chosen, *drawn]
+        asked, shown = [*chosen, scale, *self.panel.query], [*chosen, *drawn]
         latest = dict(trigger_mode="always_last", **STREAM)
         out["draw"].click(self.draw, asked, shown, **latest)
-        gr.on([c.input for c in chosen], self.draw, asked, shown, **latest)
+        gr.on([*(c.input for c in chosen), scale.submit, scale.blur], self.draw, asked, shown, **latest)
         often = dict(trigger_mode="multiple", **QUIET)
         panel = self.panel
         picked = [*panel.listing, *panel.detail, out["grid_said"]]
@@ -69,12 +70,15 @@ class Grid:
         return runs
 
     @said_in("grid_said")
-    def draw(self, shows: str, row: str, col: str, held: list | None, *query: Any) -> dict[Any, Any]:
-        """Draw was pressed, or what goes where was chosen anew. What no longer varies is chosen anew."""
+    def draw(
+        self, shows: str, row: str, col: str, held: list | None, scale: str | None, *query: Any
+    ) -> dict[Any, Any]:
+        """Draw was pressed, or what goes where, or the colours of numbers, was chosen anew. What no longer
+        varies is chosen anew."""
         out, runs = self.out, self.runs(query)
         made, names, chosen = self.made(runs, shows, row, col, held)
         varies, (row, col, only, others) = chosen
-        figure = self.figure(runs, made, shows)
+        figure = scaled(self.figure(runs, made, shows), read_scale(scale or ""))
         choices = [_NONE, *((f"{n} ({len(v)})", n) for n, v in varies.items())]
         update = {
             out["shows"]: gr.update(choices=[IMAGES, *names], value=shows if shows in names else IMAGES),
@@ -136,11 +140,19 @@ class Grid:
         return update | {
             out[seen]: gr.update(value=value, visible=True),
             out[hidden]: gr.update(visible=False),
+            out["grid_scaled"]: gr.update(visible=heat),
         }
 
     @said_in("grid_said")
     def pick(
-        self, event: gr.EventData, shows: str, row: str, col: str, held: list | None, *query: Any
+        self,
+        event: gr.EventData,
+        shows: str,
+        row: str,
+        col: str,
+        held: list | None,
+        scale: str | None,
+        *query: Any,
     ) -> dict[Any, Any]:
         """A cell was clicked: its run is chosen, on the page of the list where it stands."""
         made, *_ = self.made(self.runs(query), shows, row, col, held)

@@ -16,12 +16,14 @@ from typing import Any
 import gradio as gr
 import numpy as np
 import pytest
+from PIL import Image
 
 from panels import reopening, runs, runs_form, runs_view
 from panels.runs_compare import Compare
 from panels.runs_form import COMPARED
 from panels.runs_grid import Grid
 from panels.runs_store import StoreTab
+from studio import palette
 from studio.errors import RequestError
 from studio.registry import find_method
 from studio.run_bin import Bin
@@ -426,7 +428,7 @@ def test_what_can_not_be_compared_is_said(panel: runs._Panel, ids: list[str], st
 def test_a_grid_of_images_and_one_of_numbers(panel: runs._Panel, ids: list[str], store: Store) -> None:
     saved(store, 4, "a red star", guidance=5.0)
     tab = Grid(panel, panel.out)
-    update = tab.draw("images", "", "", [], *ALL)
+    update = tab.draw("images", "", "", [], "", *ALL)
     assert said(panel, update, "grid_said") == "4 runs: 3 × 2, 2 of them empty."
     pictures = update[panel.out["grid_pictures"]]["value"]
     assert (pictures["rows"], pictures["cols"]) == (
@@ -440,21 +442,29 @@ def test_a_grid_of_images_and_one_of_numbers(panel: runs._Panel, ids: list[str],
         [True] * 2,
     ]
     assert pictures["pictures"][0][1].startswith("data:image/png;base64,")
-    shot = tab.pick(event(row=1, col=1), "images", "prompt", "guidance", [], *ALL)
+    shot = tab.pick(event(row=1, col=1), "images", "prompt", "guidance", [], "", *ALL)
     assert shot[panel.chosen] == ids[2] and shot[panel.form["list"]]["chosen"] == ids[2]
     assert said(panel, shot, "grid_said") == (
         f"Chosen: prompt a red house, guidance none, the run {ids[2]}. It stands under Run."
     )
     assert Path(update[panel.out["grid_png"]].value["path"]).read_bytes()[:4] == b"\x89PNG"
-    numbers = tab.draw("total", "prompt", "guidance", [], *ALL)
+    numbers = tab.draw("total", "prompt", "guidance", [], "", *ALL)
     value = numbers[panel.out["grid_map"]]["value"]
     assert value["rows"] == ["a blue star", "a red house", "a red star"] and value["cols"] == ["5", "none"]
     assert value["z"] == [[None, 2.0], [None, 3.0], [4.0, 1.0]]
-    click = tab.pick(event(row=2, col=1), "total", "prompt", "guidance", [], *ALL)
+    assert value["scale"] == [-4.0, 4.0] and numbers[panel.out["grid_scaled"]]["visible"]
+    fixed = tab.draw("total", "prompt", "guidance", [], "0, 10", *ALL)
+    assert fixed[panel.out["grid_map"]]["value"]["scale"] == [0.0, 10.0]
+    with Image.open(fixed[panel.out["grid_png"]].value["path"]) as png:
+        found = {"#" + bytes(c).hex() for _, c in png.convert("RGB").getcolors(1 << 24)}
+    assert {palette.shade(v, (0, 10)) for v in (1.0, 2.0, 3.0, 4.0)} <= found
+    wrong = tab.draw("total", "prompt", "guidance", [], "10, 0", *ALL)
+    assert said(panel, wrong, "grid_said").startswith("The colour scale must be two numbers, the lower first")
+    click = tab.pick(event(row=2, col=1), "total", "prompt", "guidance", [], "", *ALL)
     assert click[panel.chosen] == ids[0]
     for bad, says in ((event(row=0, col=0), "No run is at this place"), (event(row=9, col=0), "no cell")):
-        assert says in said(panel, tab.pick(bad, "total", "prompt", "guidance", [], *ALL), "grid_said")
-    ticked = tab.draw("images", "", "", [], *query(ticked=(ids[0],), words="house"))
+        assert says in said(panel, tab.pick(bad, "total", "prompt", "guidance", [], "", *ALL), "grid_said")
+    ticked = tab.draw("images", "", "", [], "", *query(ticked=(ids[0],), words="house"))
     assert said(panel, ticked, "grid_said").startswith("1 run: 1 × 1")
 
 
@@ -462,9 +472,11 @@ def test_a_grid_of_nothing_or_of_too_much(
     panel: runs._Panel, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tab = Grid(panel, panel.out)
-    assert said(panel, tab.draw("images", "", "", [], *query(words="absent")), "grid_said") == runs_form.GRID
+    assert (
+        said(panel, tab.draw("images", "", "", [], "", *query(words="absent")), "grid_said") == runs_form.GRID
+    )
     monkeypatch.setattr("panels.runs_grid.MOST_RUNS", 2)
-    assert "search or tick at most 2" in said(panel, tab.draw("images", "", "", [], *ALL), "grid_said")
+    assert "search or tick at most 2" in said(panel, tab.draw("images", "", "", [], "", *ALL), "grid_said")
 
 
 # ---- the store --------------------------------------------------------------------------------------------
