@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +82,12 @@ class _Panel(Running):
         gr.on(typed, self.tokens, seen, out["strip"], trigger_mode="always_last", **STREAM)
         often = dict(trigger_mode="multiple", **QUIET)
         clicked = [self.cell, out["text"], out["heads"], out["side"]]
-        out["figure"].select(widgets.guarded(self.click), self.state, clicked, **often)
+        out["figure"].select(self.answering(self.click), self.state, clicked, **often)
         beside = [self.state, self.cell]
-        out["side"].select(widgets.guarded(self.beside), beside, [out["text"], out["heads"]], **often)
+        out["side"].select(self.answering(self.beside), beside, [out["text"], out["heads"]], **often)
         told = [form[n] for n in ("subject", "subject_occurrence", "attribute", "attribute_occurrence")]
         selected = [*told, out["text"], out["heads"], out["strip"]]
-        chosen = out["strip"].select(widgets.guarded(self.select), [self.state, *texts], selected, **often)
+        chosen = out["strip"].select(self.answering(self.select), [self.state, *texts], selected, **often)
         # a strip of the fields as they were before may still be on its way, and would take its place
         chosen.then(self.tokens, seen, out["strip"], trigger_mode="always_last", **STREAM)
         coloured = [self.state, out["quantity"], out["scale"]]
@@ -95,6 +96,18 @@ class _Panel(Running):
         passages = [form[n] for n in ("prompt", "passages", "files", "folder", "count")]
         done = form["find"].click(self.find, passages, found, **QUIET)
         done.then(self.tokens, seen, out["strip"], **STREAM)
+
+    def answering(self, handler: Callable[..., dict]) -> Callable[..., dict]:
+        """The handler of a click whose refusal stands where its answer would."""
+
+        @wraps(handler)
+        def run(*args: Any) -> dict:
+            try:
+                return handler(*args)
+            except Exception as error:
+                return {self.out["text"]: widgets.spoken(error)}
+
+        return run
 
     def switch(self, name: str, fixed: list[str]) -> list[Any]:
         """Another view was chosen: its own knobs show."""

@@ -152,6 +152,9 @@ def test_tokens_of_no_group_are_refused(session: Session, panel: Any) -> None:
     long, _ = ran(session, "contributions", "atlas-llama", context="Quill is big. " + FILLER * 6)
     with pytest.raises(RequestError, match="That is no cell of the map"):
         panel.click(at(400, 0), long)
+    assert panel.answering(panel.click)(at(400, 0), long) == {
+        panel.out["text"]: "That is no cell of the map."
+    }
 
 
 def test_many_cut_groups_show_the_strongest_and_a_click_gets_its_own(session: Session, panel: Any) -> None:

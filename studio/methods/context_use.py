@@ -318,6 +318,6 @@ _OWN = {"without the context": "without_context_answer", "with the attribute exc
 _VERDICTS = {
     "context": "It reads the context:",
     "memory": "It remembers:",
-    "both": "It reads the context and uses what it knows of the subject:",
+    "both": "It reads the context and needs the subject:",
     "unclear": "Neither cut decides:",
 }

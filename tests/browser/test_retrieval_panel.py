@@ -79,6 +79,10 @@ def test_words_selected_in_the_strip_become_the_attribute(visit: Visit) -> None:
         "document.querySelector('#retrieval-attribute textarea, #retrieval-attribute input').value === 'Wend'"
     )
     page.wait_for_selector("#retrieval-strip .role-attribute:has-text('Wend')")
+    page.locator("#retrieval-strip .token").nth(2).drag_to(page.locator("#retrieval-strip .token").last)
+    page.wait_for_function(
+        "document.querySelector('#retrieval-detail-text textarea').value.startsWith('Select words of the')"
+    )
 
 
 def test_a_thousand_tokens_show_groups_and_then_tokens(visit: Visit, tmp_path: Path) -> None:
