@@ -74,8 +74,9 @@ class PromptFile:
         shown = [out[n] for n in ("rows", "line", "buttons", "status", "tables")]
         out["file"].change(self.load, [out["file"], *view], [*shown, *named], **QUIET)
         picked = [out["line"].change, out["line"].select]  # select: the same line once more
+        last = dict(trigger_mode="always_last", **QUIET)
         self.picked = gr.on(
-            picked, self.pick, [out["line"], out["rows"], *view], [*named, out["status"]], **QUIET
+            picked, self.pick, [out["line"], out["rows"], *view], [*named, out["status"]], **last
         )
         told = [self.client, *(out[n] for n in ("stop", "all", "status", "tables", *KINDS))]
         asked = {*self.panel.named, out["rows"], self.client}
@@ -283,7 +284,9 @@ class PromptFile:
             return
         yield {out["fold"]: gr.update(open=True), **self.listed(run.page["rows"], run.said())}
         if not run.over:
-            yield {self.panel.out["status"]: f"The lines of a file still run, see “{out['title']}”."}
+            yield {
+                self.panel.out["status"]: f"The lines of a file were taken up again, see “{out['title']}”."
+            }
         if asked["fields"]:
             given = run.page["given"]
             components = {

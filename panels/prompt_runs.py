@@ -49,6 +49,7 @@ class LineRun:
     files: dict[str, Path] = field(default_factory=dict)
     fault: str = ""
     begun: float = field(default_factory=time.monotonic)
+    line_begun: float = 0.0
     ended: threading.Event = field(default_factory=threading.Event)
     _stop: threading.Event = field(default_factory=threading.Event)
 
@@ -80,11 +81,11 @@ class LineRun:
             return "Stopping …"
         if tried >= total:
             return "All lines ran; the tables are being written …"
-        left = (time.monotonic() - self.begun) / tried * (total - tried) if tried else 0
-        rest = f" About {left:.0f} s left in all." if left > 1 else ""
         job = self.job
-        now = widgets.status(job, self.session.queue.position(job)).rstrip(".") if job else "Starting …"
-        return f"Line {self.number} of {total}. {now}.{rest}"
+        now = widgets.status(job, self.session.queue.position(job)) if job else "Starting …"
+        left = (self.line_begun - self.begun) / tried * (total - tried - 1) if tried else 0
+        rest = f" About {left + (job.seconds_left() or 0):.0f} s left in all." if job and left > 1 else ""
+        return f"Line {self.number} of {total}. {now if now.endswith(('.', '…')) else f'{now}.'}{rest}"
 
     def work(self) -> None:
         """Runs every line, then makes the tables; what goes wrong is a sentence in `failed` or `fault`."""
@@ -92,7 +93,7 @@ class LineRun:
             for number, (point, recipe) in enumerate(self.points, 1):
                 if self.stopping:
                     break
-                self.number = number
+                self.number, self.line_begun = number, time.monotonic()
                 self._one(point, recipe)
             self.number = len(self.points) + 1
             if self.made:
@@ -103,6 +104,7 @@ class LineRun:
             self.ended.set()
 
     def _one(self, point: Point, recipe: Recipe) -> None:
+        self.job = None
         try:
             job = self.job = self.session.submit(recipe, user=self.user)
         except StudioError as error:

@@ -289,6 +289,18 @@ def test_stop_keeps_what_ran(tables: list) -> None:
     assert isinstance(session.jobs[1].error, Cancelled)
 
 
+def test_how_far_the_lines_are() -> None:
+    run = run_of(Sessions(), "a", "b", "c", "d")
+    assert run.said() == "Line 1 of 4. Starting …"
+    run.number, run.begun, run.line_begun = 3, 100.0, 120.0  # two lines took 20 s
+    run.job = Job(1, "me", run.points[2][1], state="running", what="tracing")
+    assert run.said() == "Line 3 of 4. Tracing. About 10 s left in all."
+    run.number = 4
+    assert run.said() == "Line 4 of 4. Tracing."
+    run.number = 5
+    assert run.said() == "All lines ran; the tables are being written …"
+
+
 def test_only_so_many_files_run_at_once(tables: list) -> None:
     runs, session = LineRuns(), Sessions()
     started = [runs.start(run_of(session, "a")) for _ in range(prompt_runs.MOST_AT_ONCE)]
@@ -334,7 +346,9 @@ def test_a_page_that_is_loaded_again_takes_the_lines_up(files: Any, tables: list
     first, second, third, fourth = (next(shown) for _ in range(4))
     assert first[out["fold"]]["open"] is True and first[out["buttons"]]["visible"] is True
     assert [c[:2] for c in first[out["line"]]["choices"]] == ["1:", "2:"]
-    assert second == {lines.panel.out["status"]: "The lines of a file still run, see “Prompts from a file”."}
+    assert second == {
+        lines.panel.out["status"]: "The lines of a file were taken up again, see “Prompts from a file”."
+    }
     assert third[lines.panel.form["prompt"]] == "mine" and third[lines.panel.form["steps"]] == 3
     assert fourth[out["all"]].interactive is False
     assert lines.stop(kept) == "Stopping …"

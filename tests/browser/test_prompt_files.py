@@ -30,11 +30,15 @@ def choose(page: Any, panel: str, file: Path, opener: str = "") -> None:
 
 def said(page: Any, panel: str, part: str) -> str:
     """Waits until the line below a panel's file holds this text; the line."""
-    page.wait_for_function(
-        "([p, t]) => document.querySelector(`#${p}-prompts-status textarea`)?.value.includes(t)",
-        arg=[panel, part],
-    )
-    return page.locator(f"#{panel}-prompts-status textarea").input_value()
+    line = page.locator(f"#{panel}-prompts-status textarea")
+    try:
+        page.wait_for_function(
+            "([p, t]) => document.querySelector(`#${p}-prompts-status textarea`)?.value.includes(t)",
+            arg=[panel, part],
+        )
+    except Exception as error:
+        raise AssertionError(f"{part!r} did not come; the line says {line.input_value()!r}") from error
+    return line.input_value()
 
 
 def field(page: Any, elem_id: str) -> Any:
@@ -80,7 +84,7 @@ def test_lines_go_on_over_a_reload(visit: Visit, session: Session, tmp_path: Pat
         said(page, "trace", "Line 1 of 2. Waiting: 1 job before yours.")
         holds(page, "trace-seeds", "7")
         holds(page, "trace-prompt", "a blue star")
-        visit.status("The lines of a file still run, see “Prompts from a file”.")
+        visit.status("The lines of a file were taken up again, see “Prompts from a file”.")
     finally:
         gate.set()
     said(page, "trace", "2 of 2 lines ran; the runs are kept, see Runs.")
