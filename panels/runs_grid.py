@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import gradio as gr
@@ -96,7 +97,7 @@ class Grid:
         names = value_names(runs)
         cells = value_cells(runs) if shows in names else image_cells(runs)
         varies = varying(cells)
-        first, second = suggested(varies)
+        first, second = suggested(independent(cells, varies))
         if not {row, col} - {""} <= set(varies) or not (row or col):
             row, col = first, second
         rest = {n: v for n, v in varies.items() if n not in (row, col)}
@@ -166,6 +167,16 @@ class Grid:
         shown = self.panel.listed(*query[:6], page, cell.run, query[8])
         said = f"Chosen: {names_of(made)[r][c]}, the run {cell.run}. It stands under Run."
         return {**shown, **self.panel.show(cell.run), self.out["grid_said"]: said}
+
+
+def independent(cells: Sequence[Cell], varies: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """What varies, without what only follows something else that varies: a grid of both would be empty beside
+    its diagonal."""
+    kept: list[str] = []
+    for name in sorted(varies, key=lambda n: -len(varies[n])):
+        if all(several(cells, (other,), name) for other in kept):
+            kept.append(name)
+    return {name: values for name, values in varies.items() if name in kept}
 
 
 def names_of(made: Made) -> list[list[str]]:

@@ -468,6 +468,17 @@ def test_a_grid_of_images_and_one_of_numbers(panel: runs._Panel, ids: list[str],
     assert said(panel, ticked, "grid_said").startswith("1 run: 1 × 1")
 
 
+def test_what_follows_something_else_is_not_laid_across(panel: runs._Panel, store: Store) -> None:
+    for n, (prompt, steps) in enumerate((("a red star", 3), ("a blue star", 4), ("a red house", 5)), 1):
+        saved(store, n, prompt, steps=steps)
+    tab = Grid(panel, panel.out)
+    update = tab.draw("images", "", "", [], "", *ALL)
+    assert said(panel, update, "grid_said") == "3 runs: 3 × 1."
+    assert [update[panel.out[n]]["value"] for n in ("rows", "cols")] == ["prompt", ""]
+    both = tab.draw("images", "prompt", "steps", [], "", *ALL)  # unless a person asks for it
+    assert said(panel, both, "grid_said") == "3 runs: 3 × 3, 6 of them empty."
+
+
 def test_a_grid_of_nothing_or_of_too_much(
     panel: runs._Panel, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
