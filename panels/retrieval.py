@@ -91,7 +91,8 @@ class _Panel(Running):
         # a strip of the fields as they were before may still be on its way, and would take its place
         chosen.then(self.tokens, seen, out["strip"], trigger_mode="always_last", **STREAM)
         coloured = [self.state, out["quantity"], out["scale"]]
-        out["quantity"].input(widgets.guarded(self.recolour), coloured, out["strip"], **often)
+        recoloured = [out["strip"], out["text"]]
+        out["quantity"].input(self.answering(self.put_colours), coloured, recoloured, **often)
         found = [form["context"], out["status"]]
         passages = [form[n] for n in ("prompt", "passages", "files", "folder", "count")]
         done = form["find"].click(self.find, passages, found, **QUIET)
@@ -266,6 +267,10 @@ class _Panel(Running):
             return gr.skip()
         fixed = retrieval_view.as_the_map(recipe, quantity)
         return self.colours.put({self.out["strip"]: strip}, scale if fixed else "")[self.out["strip"]]
+
+    def put_colours(self, kept: dict | None, quantity: str | None, scale: str | None) -> dict[Any, Any]:
+        """See `recolour`."""
+        return {self.out["strip"]: self.recolour(kept, quantity, scale)}
 
     def start(self, values: dict, request: gr.Request) -> Iterator[dict]:
         """Run was pressed."""
