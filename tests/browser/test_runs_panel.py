@@ -113,6 +113,9 @@ def test_a_picture_of_the_grid_chooses_its_run_by_mouse_and_by_keys(visit: Visit
     page.get_by_role("tab", name="Grid", exact=True).click()
     page.click("#runs-grid-draw")
     page.wait_for_selector("#runs-grid-pictures .cell img")
+    page.locator("#runs-grid-cols input").click()
+    page.get_by_role("option", name="subject (2)").click()
+    page.wait_for_function("document.querySelectorAll('#runs-grid-pictures .cell').length === 2")
     said = "document.querySelector('#runs-grid-said textarea').value"
     page.locator("#runs-grid-pictures .cell").first.click()
     page.wait_for_function(f"{said}.startsWith('Chosen: ')")
