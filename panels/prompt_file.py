@@ -83,7 +83,8 @@ class PromptFile:
         started = out["all"].click(self.run_all, asked, told, **STREAM)
         out["stop"].click(self.stop, self.client, out["status"], **QUIET)
         back = list(dict.fromkeys([out["fold"], *shown, *told, *named, self.panel.out["status"]]))
-        loaded = waking.when_asked(self.awaited, self.client, self.again, [self.client], back, **STREAM)
+        found = waking.when_asked(self.awaited, self.client, self.restored, [self.client], back, **QUIET)
+        loaded = found.then(self.again, self.client, told, **STREAM)
         gr.context.Context.root_block.unload(self.leave)
         return started, loaded
 
@@ -276,23 +277,30 @@ class PromptFile:
             return None
         return {"fields": bool(run.left) and not set(request.query_params) - {"tab", "__theme"}}
 
-    def again(self, asked: dict[str, bool], kept: dict | None, request: gr.Request) -> Iterator[dict]:
-        """The lines of the file are offered again, and taken up where they still run."""
+    def restored(self, asked: dict[str, bool], kept: dict | None) -> dict[Any, Any]:
+        """The lines of the file are offered again, with what came of them, or what can be done meanwhile. One
+        answer outside the queue: a page that is just there may lose what is streamed."""
         run, out = self.runs.find(kept), self.out
         if run is None:
-            yield {out["status"]: gr.skip()}
-            return
-        yield {out["fold"]: gr.update(open=True), **self.listed(run.page["rows"], run.said())}
-        if not run.over:
-            yield {
-                self.panel.out["status"]: f"The lines of a file were taken up again, see “{out['title']}”."
-            }
+            return {out["status"]: gr.skip()}
+        update = {out["fold"]: gr.update(open=True), **self.listed(run.page["rows"], run.said())}
         if asked["fields"]:
-            given = run.page["given"]
-            components = {
-                c: n for c, n in self.panel.named.items() if isinstance(c, gr.components.FormComponent)
+            given, fields = run.page["given"], gr.components.FormComponent
+            update |= {
+                c: given[n] for c, n in self.panel.named.items() if n in given and isinstance(c, fields)
             }
-            yield {c: given[n] for c, n in components.items() if n in given}
+        if run.over:
+            return update | self.finished(run)
+        update |= {out["stop"]: gr.Button(interactive=True), out["all"]: gr.Button(interactive=False)}
+        said = f"The lines of a file were taken up again, see “{out['title']}”."
+        return update | {self.panel.out["status"]: said}
+
+    def again(self, kept: dict | None, request: gr.Request) -> Iterator[dict]:
+        """Lines that still run are followed."""
+        run = self.runs.find(kept)
+        if run is None or run.over:
+            yield {self.out["status"]: gr.skip()}
+            return
         yield from self.stream(run, str(request.session_hash))
 
     def leave(self, request: gr.Request) -> None:

@@ -341,23 +341,23 @@ def test_a_page_that_is_loaded_again_takes_the_lines_up(files: Any, tables: list
     assert lines.awaited(None, PAGE) is None and lines.awaited({"token": "other"}, PAGE) is None
     link = SimpleNamespace(session_hash="me", query_params={"tab": "trace", "prompt": "linked"})
     assert lines.awaited(kept, link) == {"fields": False}
-    asked = lines.awaited(kept, PAGE)
-    shown = lines.again(asked, kept, PAGE)
-    first, second, third, fourth = (next(shown) for _ in range(4))
-    assert first[out["fold"]]["open"] is True and first[out["buttons"]]["visible"] is True
-    assert [c[:2] for c in first[out["line"]]["choices"]] == ["1:", "2:"]
-    assert second == {
-        lines.panel.out["status"]: "The lines of a file were taken up again, see “Prompts from a file”."
-    }
-    assert third[lines.panel.form["prompt"]] == "mine" and third[lines.panel.form["steps"]] == 3
-    assert fourth[out["all"]].interactive is False
+    shown = lines.restored(lines.awaited(kept, PAGE), kept)
+    assert shown[out["fold"]]["open"] is True and shown[out["buttons"]]["visible"] is True
+    assert [label[:2] for label in shown[out["line"]]["choices"]] == ["1:", "2:"]
+    said = "The lines of a file were taken up again, see “Prompts from a file”."
+    assert shown[lines.panel.out["status"]] == said and shown[out["all"]].interactive is False
+    assert shown[lines.panel.form["prompt"]] == "mine" and shown[lines.panel.form["steps"]] == 3
+    followed = lines.again(kept, PAGE)
+    assert next(followed)[out["stop"]].interactive is True
     assert lines.stop(kept) == "Stopping …"
-    last = list(shown)[-1]
+    last = list(followed)[-1]
     assert last[out["status"]] == (
         "0 of 2 lines ran. Run all lines goes on with the others; what is kept is found at once."
     )
     assert lines.stop(kept) == lines.stop(None) == "Nothing is running."
     assert lines.awaited(kept, PAGE) == {"fields": True}
+    assert lines.restored({"fields": True}, kept)[out["status"]] == last[out["status"]]
+    assert [*lines.again(kept, PAGE)] == [lines.restored({"fields": True}, None)]
 
 
 def test_lines_that_run_are_not_started_twice(files: Any, tables: list) -> None:
