@@ -80,7 +80,7 @@ class _Panel(Running):
             tab.select(self.warm, form["model"], None, **STREAM)
         switched = [form[n] for n in (*self.switched, "granularity", "options")]
         form["method"].change(self.switch, form["method"], switched, **QUIET)
-        often = dict(trigger_mode="multiple", **QUIET)
+        often = dict(trigger_mode="multiple", **STREAM)
         seen = [out[n] for n in ("figure", "texts", "answers", "table", "detail", "each", "extremes")]
         place = [self.state, out["text"], out["shown"], self.cell, out["scale"]]
         out["text"].input(widgets.guarded(self.show), place, seen, **often)
@@ -108,7 +108,7 @@ class _Panel(Running):
 
     def _wire_clicks(self, place: list, seen: list) -> None:
         """A cell of either map: its component is collected, shown, and its token map is computed."""
-        out, often = self.out, dict(trigger_mode="multiple", **QUIET)
+        out, often = self.out, dict(trigger_mode="multiple", **STREAM)
         collected = [self.cell, out["text"], out["chosen"]]
         for name in ("figure", "texts"):
             event = out[name].select(

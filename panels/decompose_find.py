@@ -67,12 +67,12 @@ class Find:
     def wire(self) -> None:
         """Connects the gallery and the button."""
         form, out = self.form, self.out
-        form["gallery"].select(widgets.guarded(self.reference), form["images"], form["like"], **QUIET)
+        form["gallery"].select(widgets.guarded(self.reference), form["images"], form["like"], **STREAM)
         moved = out["carry"].click(
             widgets.guarded(self.carried),
             [out["property"], out["by"], out["text"], form["texts"]],
             [form[n] for n in ("features", "feature", "components", "by")] + [self.text, form["method"]],
-            **QUIET,
+            **STREAM,
         )
         moved.success(None, None, None, js=PRESS)
 

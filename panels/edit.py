@@ -268,7 +268,8 @@ class _Panel(Running):
         """The stack that this browser had, with its model and prompt."""
         stack = self.kept_stack(saved)
         names = ("model", "prompt", "look")
-        looks = tuple(str(saved.get(n) or v) for n, v in zip(names, looks, strict=True))
+        was = saved if isinstance(saved, dict) else {}
+        looks = tuple(str(was.get(n) or v) for n, v in zip(names, looks, strict=True))
         back = dict(zip((self.form["model"], self.out["prompt"], self.out["look"]), looks, strict=True))
         return {**back, **self.show(stack, looks)}
 
@@ -299,8 +300,10 @@ class _Panel(Running):
     # ---- files --------------------------------------------------------------------------------------------
 
     @said
-    def load(self, file: str, stack: Stack, *looks: Any) -> dict:
+    def load(self, file: str | None, stack: Stack, *looks: Any) -> dict:
         """An edit file was given."""
+        if not file:
+            raise RequestError("Choose an edit file.")
         try:
             edit, stack = read_edit(file), self.here(stack, looks)
         except RequestError as error:  # the person knows the file by its name, not by the server's folder

@@ -181,7 +181,7 @@ class _Panel(Running):
         self.own_images.wire()
         form["method"].input(self.switch, asked[0], asked[1:], **QUIET)
         picked = [self.state, out["seed"], out["ratio"]]
-        often, latest = (dict(trigger_mode=m, **QUIET) for m in ("multiple", "always_last"))
+        often, latest = (dict(trigger_mode=m, **STREAM) for m in ("multiple", "always_last"))
         shown = dict(fn=widgets.guarded(self.again_detail), inputs=[*picked, self.cell], outputs=self.fields)
         clicked = [self.cell, out["text"], out["edit"]]
         chosen = out["figure"].select(widgets.guarded(self.click), self.state, clicked, **often)
@@ -189,7 +189,7 @@ class _Panel(Running):
         out["seed"].input(**shown, **latest)
         out["ratio"].release(**shown, **latest)
         told = [self.state, out["ratio"], self.cell]
-        ready = out["edit"].click(widgets.guarded(self.edit_here), told, out["handoff"], **QUIET)
+        ready = out["edit"].click(widgets.guarded(self.edit_here), told, out["handoff"], **STREAM)
         ready.success(None, out["handoff"], None, js=(ASSETS / "js" / "handoff.js").read_text())
 
     def switch(self, name: str) -> list[Any]:

@@ -18,9 +18,8 @@ from studio.jobs import Job
 from studio.session import Session
 from studio.types import Recipe, Result, Run
 
-STREAM = dict(
-    concurrency_limit=None, show_progress="hidden", api_visibility="private"
-)  # generators must queue
+# Generators must queue, and what may be refused: outside the queue a page shows no notice of an error.
+STREAM = dict(concurrency_limit=None, show_progress="hidden", api_visibility="private")
 
 
 class Running(ABC):

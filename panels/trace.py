@@ -132,7 +132,7 @@ class _Panel(Running):
         ended = self.wire_run(form["prompt"].submit, form["subject"].submit)
         self.colours.wire(*ended, self.reopened)
         form["method"].change(self.switch, form["method"], [form[n] for n in self.switched], **QUIET)
-        picked, often = [self.state, out["seed"]], dict(trigger_mode="multiple", **QUIET)
+        picked, often = [self.state, out["seed"]], dict(trigger_mode="multiple", **STREAM)
         shown = [c for c in self.fields if c is not out["word_map"]]
         map_of = dict(inputs=[*picked, self.cell], outputs=out["word_map"], trigger_mode="always_last")
         for event in (

@@ -307,7 +307,8 @@ class Viewers:
 
 
 def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """The handler with request errors shown as a notice instead of an error page."""
+    """The handler with request errors shown as a notice. Its event must queue (running.STREAM): outside the
+    queue the page notes the error in its console alone."""
     from functools import wraps
 
     @wraps(handler)
