@@ -11,7 +11,7 @@ import gradio as gr
 from panels import decompose_images as pictured
 from panels import widgets
 from panels.decompose_images import PRESS
-from panels.running import QUIET
+from panels.running import STREAM
 from studio.errors import RequestError
 from studio.registry import find_method
 from studio.session import Session

@@ -24,7 +24,7 @@ from panels.localize_view import (
     sentence,
     told_layers,
 )
-from panels.running import QUIET, Running
+from panels.running import QUIET, STREAM, Running
 from studio.errors import RequestError
 from studio.jobs import Job
 from studio.methods.component_ablation import ranked_edit

@@ -318,6 +318,7 @@ def guarded(handler: Callable[..., Any]) -> Callable[..., Any]:
         except Exception as error:
             raise gr.Error(spoken(error), print_exception=False) from error
 
+    run.may_refuse = True
     return run
 
 

@@ -403,6 +403,12 @@ def test_every_function_counts_its_values(url: str, pages: list[Any]) -> None:
                 pages[0].validate_inputs(function, values)
 
 
+def test_what_may_be_refused_goes_through_the_queue(pages: list[Any]) -> None:
+    """Outside it the page shows no notice of an error."""
+    refusing = [f for f in pages[0].fns.values() if getattr(f.fn, "may_refuse", False)]
+    assert len(refusing) > 8 and [f.name for f in refusing if not f.queue] == []
+
+
 def test_a_wrong_number_of_values_is_told(url: str, config: dict[str, Any]) -> None:
     some = {**config, "dependencies": config["dependencies"][:60:20]}
     asked, answers = join(url, some, "too many", lambda n, count: [None] * (count + 1))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +53,8 @@ def serving(session: Any) -> Iterator[str]:
     )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, daemon=True)
     thread.start()
+    while thread.is_alive() and not server.started:  # a bound socket that nobody listens at refuses
+        time.sleep(0.01)
     try:
         yield f"http://127.0.0.1:{opened.getsockname()[1]}/"
     finally:
