@@ -13,14 +13,29 @@ from typing import Any
 
 import gradio as gr
 
+from panels.drawn import Drawn
+
 QUIET = dict(queue=False, show_progress="hidden", api_visibility="private")
 READY = "() => ({__type__: 'update', interactive: true})"
-SILENT = dict(visible=False, print_exception=False)  # an "error" that nobody sees: nothing is to be done
 
 
 def enable(button: gr.Button) -> None:
     """Makes a button live as soon as the page is, without a word to the server."""
     _page().load(None, None, button, js=READY, **QUIET)
+
+
+class Waker(Drawn):
+    """Hears what is to be done; unseen, and outside all tabs, because one that was not opened yet hears
+    nothing."""
+
+    def __init__(self, **options: Any) -> None:
+        context = gr.context.Context
+        inside, context.block = context.block, context.root_block
+        options = {"visible": "hidden", **options}
+        try:
+            super().__init__({"asked": False}, "<div></div>", "wake", **options)
+        finally:
+            context.block = inside
 
 
 def when_asked(
@@ -33,20 +48,16 @@ def when_asked(
 ) -> Any:
     """On loading, ask(*inputs) says what is to be done, None where nothing is; act(that, *also) does it, with
     all its outputs. Returns act's event."""
-    wanted = gr.State(None)
+    wanted, waker = gr.State(None), Waker()
 
     @wraps(ask)
     def asked(*given: Any) -> Any:
         found = ask(*given)
-        if found is None:
-            raise gr.Error("Nothing is to be done.", **SILENT)
-        return found
+        return (gr.skip(), gr.skip()) if found is None else (found, {"asked": True})
 
-    # queued, because an answer outside the queue that ends in an error is noted in the browser's console
-    event = _page().load(
-        asked, inputs, wanted, concurrency_limit=None, show_progress="hidden", api_visibility="private"
-    )
-    return event.success(act, [wanted, *also], outputs, **how)
+    # not through the queue: of several short answers there at once some are lost while a page begins
+    _page().load(asked, inputs, [wanted, waker], **QUIET)
+    return waker.select(act, [wanted, *also], outputs, **how)
 
 
 def _page() -> gr.Blocks:
