@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 import gradio as gr
 
-from studio.models.catalog import CATALOG
+from studio.models.catalog import DEFAULT_MODELS
 from studio.registry import REQUIRED, Method, base_type, hints
 
 MODELS = frozenset({"scorer", "second_scorer", "clip"})  # knobs that name a second model
@@ -58,16 +58,10 @@ def served(knob: Any) -> bool:
     return not (knob.metadata["paths"] and knob.name in TABLES)
 
 
-def default_model(method: Method) -> str:
-    """The embedded model that a method takes when none is named."""
-    families = ("clip", "vision") if method.family == "vision" else (method.family,)
-    ready = (e.name for family in families for e in CATALOG.values() if e.embedded and e.family == family)
-    return next(ready, "")
-
-
 def parameters(method: Method) -> tuple[Parameter, ...]:
     """All parameters of a method's endpoint, required ones first."""
-    found = [Parameter("model", "model", str, default_model(method), "name of a model; see `locus models`")]
+    default = DEFAULT_MODELS.get(method.family, "")
+    found = [Parameter("model", "model", str, default, "name of a model; see `locus models`")]
     for cls in (method.inputs, method.params):
         kinds = hints(cls)
         found += [_of_knob(f, kinds[f.name], method.family) for f in fields(cls) if served(f)]

@@ -18,7 +18,8 @@ from typing import Any
 
 from studio.commands import COMMANDS, progress_bar
 from studio.errors import Cancelled, RequestError, StudioError
-from studio.options import DEFAULT_MODELS, method_options, new_session, parse_options, texts_of
+from studio.models.catalog import DEFAULT_MODELS
+from studio.options import method_options, new_session, parse_options, texts_of
 from studio.registry import Method, load_methods, parse
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from studio.errors import RequestError
-from studio.options import COMMON, COMPILE, DEFAULT_MODELS, new_session, parse_options
+from studio.models.catalog import DEFAULT_MODELS
+from studio.options import COMMON, COMPILE, new_session, parse_options
 from studio.run_commands import export, import_run, replay
 from studio.store_commands import prune_runs, quota_of, runs
 

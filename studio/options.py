@@ -11,17 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from studio.errors import RequestError
+from studio.models.catalog import DEFAULT_MODELS
 from studio.registry import REQUIRED, Method, base_type, hints
 
 Option = tuple[Any, str, str, str]  # type, metavar, help, default in words
 
 _UNSET = "\0"  # tells an option that was not given from an empty text
-DEFAULT_MODELS = {
-    "diffusion": "atlas-sd",
-    "clip": "atlas-clip",
-    "vision": "atlas-clip",
-    "language": "atlas-llama",
-}
 COMMON = {
     "model": ("STR", "catalogue name (see `locus models`), folder, or hub id"),
     "edit": ("FILE", "edit file to lay over the model, FILE@0.6 at that strength; give it again for more"),

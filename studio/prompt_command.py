@@ -10,7 +10,8 @@ from typing import Any
 
 from studio.commands import sweep_bar
 from studio.errors import RequestError
-from studio.options import DEFAULT_MODELS, new_session
+from studio.models.catalog import DEFAULT_MODELS
+from studio.options import new_session
 from studio.registry import Method
 from studio.runners import Local
 from studio.sweep import check_out, fault_of, run_sweep

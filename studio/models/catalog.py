@@ -280,5 +280,11 @@ _ENTRIES = (
         "pythia-1.4b", "language", "EleutherAI/pythia-1.4b", "Apache-2.0", int(2.9 * _GB), "1.4B, GPT-NeoX"
     ),
 )
+DEFAULT_MODELS = {  # the embedded model that a family's methods take when none is named
+    "diffusion": "atlas-sd",
+    "clip": "atlas-clip",
+    "vision": "atlas-clip",
+    "language": "atlas-llama",
+}
 CATALOG: dict[str, Entry] = {entry.name: entry for entry in _ENTRIES}
 DEFAULT_SCORER = "clip-vit-b-16"
