@@ -1,6 +1,6 @@
 // Draws the token strip of panels/token_strip.py. Gradio runs this body with `element`, `props`, `trigger`, `watch`.
 const root = element.querySelector('.map'), said = element.querySelector('.said');
-let cur = 0, from = null;
+let cur = 0, from = null, held = false, late = false;
 const data = () => props.value && props.value.tokens ? props.value : null;
 const spans = () => root.querySelectorAll('.token');
 function shown(d, i) {
@@ -61,5 +61,11 @@ root.addEventListener('keydown', e => {
   else return;
   e.preventDefault();
 });
-watch('value', () => { said.textContent = ''; from = null; draw(); });
+function redraw() { said.textContent = ''; from = null; draw(); }
+root.addEventListener('mousedown', () => { held = true; });
+window.addEventListener('mouseup', () => {  // after the strip's own listener
+  held = false;
+  if (late) { late = false; redraw(); }
+});
+watch('value', () => { if (held) late = true; else redraw(); });  // words that are being selected stay there
 draw();
