@@ -116,6 +116,7 @@ def _mount_page(app: Any, session: Session, auth: tuple[str, str] | None, mcp: b
 
     import panels
     from panels import api_mcp
+    from panels.sessions import lighten
 
     page = panels.build(session)
     css = (ASSETS / "css" / "locus.css").read_text()
@@ -142,6 +143,7 @@ def _mount_page(app: Any, session: Session, auth: tuple[str, str] | None, mcp: b
         mcp_server=mcp,
         app_kwargs={"docs_url": None, "redoc_url": None, "openapi_url": None},
     )
+    lighten(app.routes[-1].app, page)
     if mcp:
         api_mcp.prepare(page.mcp_server_obj, page.mcp_error)
     return app.routes[-1].app
