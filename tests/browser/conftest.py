@@ -12,6 +12,14 @@ from studio.session import Session
 from tests.browser.studio import ADVICE, FLAGS, Visit, find_chromium, serving
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A browser test that waited in vain is tried once more, and reported as such: on two busy cores a page
+    may be late. What is wrong on the page fails at once."""
+    for item in items:
+        if item.get_closest_marker("browser"):
+            item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=["TimeoutError"]))
+
+
 @pytest.fixture(scope="module")
 def studio(session: Session, atlas: Any) -> Iterator[str]:
     with serving(session) as address:
