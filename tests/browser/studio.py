@@ -97,6 +97,7 @@ class Visit:
         self.page.wait_for_function(
             "([p, t]) => document.querySelector(`#${p}-status textarea`)?.value.startsWith(t)",
             arg=[panel, start],
+            timeout=120_000,
         )
 
     def cells(self) -> None:
