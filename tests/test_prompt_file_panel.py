@@ -3,15 +3,12 @@ when the page is loaded again."""
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import gradio as gr
 import pytest
 
 from panels import decompose, edit, localize, prompt_runs, retrieval, trace
@@ -25,22 +22,9 @@ from studio.registry import find_method
 from studio.sweep import MOST_ALIKE
 from studio.sweep_file import Point
 from studio.types import Recipe
+from tests.test_runs_panel import page
 
 PAGE = SimpleNamespace(session_hash="me", query_params={})
-
-
-@contextmanager
-def page() -> Iterator[None]:
-    """A page to build on that is never served: Gradio would leave a loop open for it."""
-
-    async def begun() -> gr.Blocks:
-        return gr.Blocks().__enter__()
-
-    made = asyncio.run(begun())
-    try:
-        yield
-    finally:
-        made.__exit__(Exception)
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,7 @@ function shown(d, i) {
 function draw() {
   root.replaceChildren();
   const d = data();
-  if (!d) {
-    root.append(make('div', 'empty', (props.value && props.value.hint) || 'Nothing here yet.'));
-    return;
-  }
+  if (!d) return hint(root);
   cur = Math.min(cur, d.labels.length - 1);
   const N = d.labels.length, left = 52, right = d.lines.length ? 118 : 12, room = Math.max(280, element.clientWidth || 600) - left - right;
   const w = Math.max(14, Math.min(56, room / N)), tall = 200, top = 12, deep = 14 + 5.2 * Math.max(...d.labels.map(s => Math.min(s.length, 30)));

@@ -17,6 +17,7 @@ function make(tag, cls, text) {
   if (text !== undefined) e.textContent = text;
   return e;
 }
+function hint(root) { root.append(make('div', 'empty', (props.value && props.value.hint) || 'Nothing here yet.')); }
 function onWidth(draw) {
   new ResizeObserver(() => { const w = element.clientWidth; if (w && w !== element._w) { element._w = w; draw(); } }).observe(element);
 }

@@ -10,10 +10,7 @@ function shown(d, r, c) {
 function draw() {
   root.replaceChildren();
   const d = data();
-  if (!d) {
-    root.append(make('div', 'empty', (props.value && props.value.hint) || 'Nothing here yet.'));
-    return;
-  }
+  if (!d) return hint(root);
   cur = [Math.min(cur[0], d.rows.length - 1), Math.min(cur[1], d.cols.length - 1)];
   const R = d.rows.length, C = d.cols.length, left = 14 + 6.4 * Math.max(...d.rows.map(s => Math.min(s.length, 26)));
   const room = Math.max(280, element.clientWidth || 600) - left - 14;

@@ -6,10 +6,7 @@ const name = (r, c) => (data().names[r] || [])[c] || '';
 function draw() {
   root.replaceChildren();
   const d = data();
-  if (!d) {
-    root.append(make('div', 'empty', (props.value && props.value.hint) || 'Nothing here yet.'));
-    return;
-  }
+  if (!d) return hint(root);
   cur = [Math.min(cur[0], d.rows.length - 1), Math.min(cur[1], d.cols.length - 1)];
   const grid = make('div', 'pictures');
   grid.style.gridTemplateColumns = `fit-content(130px) repeat(${d.cols.length}, minmax(64px, 160px))`;

@@ -10,10 +10,7 @@ function shown(d, i) {
 function draw() {
   root.replaceChildren();
   const d = data();
-  if (!d) {
-    root.append(make('div', 'empty', (props.value && props.value.hint) || 'Nothing here yet.'));
-    return;
-  }
+  if (!d) return hint(root);
   cur = Math.min(cur, d.tokens.length - 1);
   d.tokens.forEach((t, i) => {
     if (t.before) root.append(document.createTextNode(t.before));
