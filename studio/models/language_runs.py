@@ -30,6 +30,8 @@ from studio.types import Site
 
 Tensor = torch.Tensor
 Held = tuple[Tensor, Tensor]  # rows (n,), and what they are set to (n, D)
+_PIECE = 512  # rows that go through a module at a time, on a processor
+_COPIED = 3  # times its own tokens: so many earlier ones, which it shares, are copied for every world
 
 
 @dataclass
@@ -68,7 +70,7 @@ class Blocks:
 
     def project(self, layer: int, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (rows, H, d), keys and values (rows, KV, d) of `h` (rows, D) at positions (rows,)."""
-        return self._projected(layer, h, places, {})
+        return self._in_pieces(layer, h, places, {})
 
     def keys(self, layer: int, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor] | None:
         """Keys and values alone, as of `project`; None where they can't be had without the queries."""
@@ -79,7 +81,21 @@ class Blocks:
         one = {  # the queries of one head, which nobody reads
             f"{name}.{key}": p[: self.size] for key, p in attention.get_submodule(name).named_parameters()
         }
-        return self._projected(layer, h, places, one)[1:]
+        return self._in_pieces(layer, h, places, one)[1:]
+
+    def _in_pieces(
+        self, layer: int, h: Tensor, places: Tensor, instead: dict[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`_projected`, a piece of the rows at a time."""
+        pieces = self._pieces(len(h))
+        found = [self._projected(layer, h[piece], places[piece], instead) for piece in pieces]
+        return found[0] if len(found) == 1 else tuple(map(torch.cat, zip(*found, strict=True)))
+
+    def _pieces(self, rows: int) -> list[slice]:
+        """Rows that go through a module together: on a processor few enough for its cache, whose memory the
+        next piece uses again."""
+        size = _PIECE if self.model.device.type == "cpu" else rows
+        return [slice(at, at + size) for at in range(0, rows, size)]
 
     def _projected(
         self, layer: int, h: Tensor, places: Tensor, instead: dict[str, Tensor]
@@ -106,12 +122,13 @@ class Blocks:
         """The block's output (rows, D) from its input and what attention added; `held` (rows, values) are
         outputs of the MLP that are set."""
         first, second, parallel = self.norms[layer]
-        stream = h if parallel else h + added
-        found = self.model.mlp(layer)((first if second is None else second)(stream))
+        norm, mlp, found = first if second is None else second, self.model.mlp(layer), torch.empty_like(h)
+        for piece in self._pieces(len(h)):
+            stream = h[piece] + added[piece]
+            found[piece] = mlp(norm(h[piece] if parallel else stream)).add_(stream)
         if held is not None:
-            found[held[0]] = held[1]
-        found += stream
-        return found.add_(added) if parallel else found
+            found[held[0]] = held[1] + h[held[0]] + added[held[0]]
+        return found
 
     def logits(self, h: Tensor) -> Tensor:
         """Logits (rows, vocabulary) float32 of final states (rows, D)."""
@@ -134,6 +151,8 @@ def attend(
     (k, v), (k0, v0) = own, before
     w, s, m, heads, d = q.shape
     groups, t = k.shape[3], k0.shape[2]
+    if t <= _COPIED * k.shape[2] and q.device.type == "cpu":
+        return _attend_together(q, own, before, scale, unseen)
     each = heads // groups
     scaled = q.new_empty(s, groups, w, each, m, d)
     torch.mul(q.view(w, s, m, groups, each, d).permute(1, 3, 0, 4, 2, 5), scale, out=scaled)
@@ -149,6 +168,34 @@ def attend(
     if t:
         z += (weights[..., :t].reshape(s, groups, w * each * m, t) @ v0).view_as(z)
     return z.view(s, groups, w, each, m, d).permute(2, 0, 4, 1, 3, 5).reshape(w * s * m, heads * d)
+
+
+def _attend_together(
+    q: Tensor,
+    own: tuple[Tensor, Tensor],
+    before: tuple[Tensor, Tensor],
+    scale: float,
+    unseen: tuple[Tensor | None, Tensor | None],
+) -> Tensor:
+    """`attend` through PyTorch's attention, which wants the shared keys and values in every world."""
+    w, s, m, heads, d = q.shape
+    n, groups, t = own[0].shape[2], own[0].shape[3], before[0].shape[2]
+    whole = []
+    for past, mine in zip(before, own, strict=True):
+        both = mine.new_empty(w, s, t + n, groups, d)
+        both[:, :, :t], both[:, :, t:] = past.transpose(1, 2), mine
+        whole.append(both.view(w * s, t + n, groups, d).transpose(1, 2))
+    seen = None
+    if any(part is not None for part in unseen):
+        sizes = zip(unseen, (t, n), strict=True)
+        missing = [
+            part if part is not None else q.new_zeros(m, size, dtype=torch.bool) for part, size in sizes
+        ]
+        seen = ~torch.cat(missing, 1)
+    attention = torch.nn.functional.scaled_dot_product_attention
+    rows, many = q.reshape(w * s, m, heads, d).transpose(1, 2), groups < heads
+    z = attention(rows, *whole, attn_mask=seen, scale=scale, enable_gqa=many)
+    return z.transpose(1, 2).reshape(w * s * m, heads * d)
 
 
 class PromptRuns:
