@@ -1,32 +1,39 @@
 """The benchmark: every figure that the project states, measured in one run and written as one file.
 
-{host, results: [{name, value, unit, bar, holds, how}]}: `bar` is the figure asked for, `holds` whether it is
-met (null where none is asked for).
+{host, results: [{name, value, unit, bar, holds, how}], failed: [{name, error}]}: `bar` is the figure asked
+for, `holds` whether it is met (null where none is asked for), `failed` the entries that ended with an error.
+The file is whole after every result, so that nothing is lost when a later entry fails or the run is ended.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from studio.errors import RequestError
+from studio.errors import RequestError, StudioError, sentence
+from studio.models.device import release
+from studio.models.precision import HALVES
 from studio.real_shapes import LAYOUTS, real_shape
 
+_log = logging.getLogger("locus")
 Row = dict[str, Any]
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One measurement. group: "" is always made, others when asked for ("planted", "real-shapes"). run:
-    (session, settings, say) to rows."""
+    """One measurement. group: "" is made unless real shapes are asked for, others when asked for ("planted",
+    "real-shapes"). run: (session, settings, say) to rows, which may come one by one. cpu: it measures CPU
+    seconds, or its slow reference is written for float32 on a CPU."""
 
     name: str
     group: str
-    run: Callable[[Any, Any, Say], list[Row]]
+    run: Callable[[Any, Any, Say], Iterable[Row]]
+    cpu: bool = False
 
 
 def planted_truth(session: Any, settings: Any, say: Say) -> list[Row]:
@@ -245,24 +252,24 @@ def slow_ways(session: Any, settings: Any, say: Say) -> list[Row]:
 ENTRIES: tuple[Entry, ...] = (
     Entry("help", "", command_line),
     Entry("server-start", "", server_start),
-    Entry("solver-sd1", "", _solver("sd1")),
-    Entry("solver-sdxl", "", _solver("sdxl")),
+    Entry("solver-sd1", "", _solver("sd1"), cpu=True),
+    Entry("solver-sdxl", "", _solver("sdxl"), cpu=True),
     Entry("locogen-cost", "", _on_atlas("locogen")),
     Entry("unet-trace-cost", "", _on_atlas("unet_trace")),
-    Entry("unet-screen-rows", "", _on_small("screen_rows", "sd1")),
+    Entry("unet-screen-rows", "", _on_small("screen_rows", "sd1"), cpu=True),
     Entry("text-encoder-trace-images", "", _on_atlas("text_trace")),
-    Entry("attribution-forwards", "", _on_small("attribution", "least")),
-    Entry("language-trace-40", "", _language("trace_race", 7.5, tokens=40, subject=(5, 9))),
-    Entry("language-trace-late", "", _language("trace_race", 50, tokens=40, subject=(28, 32))),
-    Entry("language-trace-240", "", _language("trace_race", 600, tokens=240, subject=(226, 230))),
-    Entry("knockout-40", "", _language("knockout_race", 60, tokens=40)),
-    Entry("knockout-240", "", _language("knockout_race", 200, tokens=240)),
-    Entry("decompose-cost", "", decomposition_cost),
-    Entry("slow-ways", "", slow_ways),
-    Entry("forward-shares", "", forward_shares),
-    Entry("operations", "", fewest_operations),
-    Entry("memory", "", memory),
-    Entry("growth", "", growth),
+    Entry("attribution-forwards", "", _on_small("attribution", "least"), cpu=True),
+    Entry("language-trace-40", "", _language("trace_race", 7.5, tokens=40, subject=(5, 9)), cpu=True),
+    Entry("language-trace-late", "", _language("trace_race", 50, tokens=40, subject=(28, 32)), cpu=True),
+    Entry("language-trace-240", "", _language("trace_race", 600, tokens=240, subject=(226, 230)), cpu=True),
+    Entry("knockout-40", "", _language("knockout_race", 60, tokens=40), cpu=True),
+    Entry("knockout-240", "", _language("knockout_race", 200, tokens=240), cpu=True),
+    Entry("decompose-cost", "", decomposition_cost, cpu=True),
+    Entry("slow-ways", "", slow_ways, cpu=True),
+    Entry("forward-shares", "", forward_shares, cpu=True),
+    Entry("operations", "", fewest_operations, cpu=True),
+    Entry("memory", "", memory, cpu=True),
+    Entry("growth", "", growth, cpu=True),
     Entry("planted-truth", "planted", planted_truth),
     Entry("planted-components", "planted", planted_components),
     Entry("planted-vision", "planted", planted_vision),
@@ -272,24 +279,49 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def chosen(groups: Sequence[str], only: Sequence[str]) -> list[Entry]:
-    """The entries of these groups and those of none, or those named. RequestError for a name that does not
-    exist."""
+    """The entries named, else those of these groups and of none; with real shapes, which are measured on a
+    GPU, those of the groups alone. RequestError for a name that does not exist."""
     known = {e.name: e for e in ENTRIES}
     if wrong := [n for n in only if n not in known]:
         raise RequestError(f"There is no benchmark {wrong[0][:60]!r}; known: {', '.join(known)}.")
-    return [known[n] for n in only] or [e for e in ENTRIES if e.group in ("", *groups)]
+    wanted = set(groups) if "real-shapes" in groups else {"", *groups}
+    return [known[n] for n in only] or [e for e in ENTRIES if e.group in wanted]
 
 
 def run_bench(
     session: Any, entries: Sequence[Entry], settings: dict[str, Any], out: Path, say: Say
 ) -> dict[str, Any]:
-    """Runs the entries one after the other and writes the record whole. settings: by entry's name."""
-    results: list[Row] = []
+    """Runs the entries one after the other; the file `out` is written whole after every result. An entry that
+    fails is named in `failed`, and the others go on. settings: by entry's name."""
+    record: dict[str, Any] = {"host": session.host(session.batch), "results": [], "failed": []}
     for entry in entries:
         say(entry.name)
-        results += entry.run(session, settings.get(entry.name), say)
-    record = {"host": session.host(session.batch), "results": results}
+        try:
+            for row in (left_out(session, entry) or entry.run)(session, settings.get(entry.name), say):
+                record["results"].append(row)
+                _write(record, out)
+        except Exception as error:  # the other figures are worth having
+            if not isinstance(error, StudioError):
+                _log.exception("the benchmark %s failed", entry.name)
+            record["failed"].append({"name": entry.name, "error": sentence(error)})
+            say(f"{entry.name} failed: {record['failed'][-1]['error']}")
+        release(session.device)
+        _write(record, out)
+    return record
+
+
+def left_out(session: Any, entry: Entry) -> Callable[..., list[Row]] | None:
+    """In place of a measurement that this session cannot make: one row that says why."""
+    if not entry.cpu or (session.device == "cpu" and session.dtype not in HALVES):
+        return None
+    what = f"{session.device} in {session.dtype}"
+    how = f"left out on {what}: CPU seconds in float32 are compared; take --device cpu without --dtype"
+    row = {"name": entry.name, "value": None, "unit": "", "bar": None, "holds": None, "how": how}
+    return lambda *_: [row]
+
+
+def _write(record: dict[str, Any], out: Path) -> None:
+    """Replaces the file at once, so that nobody ever reads half of it."""
     beside = out.with_name(out.name + ".part")
     beside.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", "utf-8")
     beside.replace(out)
-    return record

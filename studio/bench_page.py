@@ -33,9 +33,12 @@ SECTIONS = {  # what stands before the colon of a name: (title, what it means)
     ),
     "share of forwards": (
         "Share of the time that is the model's own forwards",
-        "The rest is the tracing: keeping, putting back, scoring. Image models: CPU time inside the forwards "
-        "of UNet, text encoder and VAE. Language models: the time that a plain forward needs for as many "
-        "operations, since only parts of forwards are run; small batches make that share low.",
+        "Image models: CPU time inside the forwards of UNet, text encoder and VAE. What keeps and puts back "
+        "states hooks into those forwards and is inside that time; the rest is the scheduler, scoring and "
+        "bookkeeping. So this is no measure of what tracing adds: that is the exact trace against as many "
+        "plain images, under the figures that were asked for. Language models: the time that a plain forward "
+        "needs for as many operations, since only parts of forwards are run; small batches make that share "
+        "low.",
     ),
     "operations": (
         "Operations above the fewest",
@@ -59,6 +62,8 @@ def page(record: Mapping[str, Any], note: str = "") -> str:
     rows: Sequence[Row] = record["results"]
     asked = [r for r in rows if r["bar"] is not None]
     parts = [HEAD, f"Machine: {machine(record['host'])}.{' ' + note if note else ''}"]
+    if failed := record.get("failed"):
+        parts += ["## Failed in this run", "\n".join(f"- {f['name']}: {f['error']}" for f in failed)]
     if asked:
         missed = [str(r["name"]) for r in asked if not r["holds"]]
         said = f"Not reached in this run: {', '.join(missed)}." if missed else "All are reached."
@@ -116,8 +121,11 @@ def main(argv: Sequence[str]) -> int:
     for name, record in zip(files, records, strict=True):
         if record["host"] != records[0]["host"]:
             raise RequestError(f"{name} was measured on another machine than {files[0]}; make a page each.")
-    results = [row for record in records for row in record["results"]]
-    print(page({"host": records[0]["host"], "results": results}, note), end="")
+    whole: dict[str, Any] = {"host": records[0]["host"], "results": [], "failed": []}
+    for record in records:
+        whole["results"] += record["results"]
+        whole["failed"] += record.get("failed", [])
+    print(page(whole, note), end="")
     return 0
 
 
@@ -128,6 +136,8 @@ def read(name: str) -> dict[str, Any]:
         for row in record["results"]:
             for key in ("name", "value", "unit", "bar", "holds", "how"):
                 row[key]
+        for failed in record.get("failed", []):
+            failed["name"], failed["error"]
         record["host"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RequestError(

@@ -150,7 +150,7 @@ def bench(argv: list[str]) -> int:
         "out": (str, "FILE", "required: the JSON file; must not exist", ""),
         "only": (tuple, "NAME", f"only these benchmarks: {', '.join(e.name for e in ENTRIES)}", ""),
         "planted": (bool, "", "also methods on models where it is known what is planted", ""),
-        "real_shapes": (bool, "", "also a trace and an edit at real sizes, on random weights", ""),
+        "real_shapes": (bool, "", "alone: traces and edits at real sizes, on random weights", ""),
         **sizes,
         **{k: (str, *COMMON[k], "") for k in ("models", "device", "dtype", "threads", "batch")},
         "json": (bool, "", "print the file's content too", ""),
@@ -173,7 +173,7 @@ def bench(argv: list[str]) -> int:
             met = "" if row["holds"] is None else " holds" if row["holds"] else " DOES NOT HOLD"
             bar = "" if row["bar"] is None else f", bar {row['bar']:g}:{met}"
             print(f"{row['name']:<48} {value:>6} {row['unit']}{bar}  ({row['how']})")
-    return 0
+    return int(bool(record["failed"]))
 
 
 _SWEEP = (

@@ -94,7 +94,7 @@ def small_model(model: Any, layout: str) -> Any:
         cross_attention_dim=model.unet.config.cross_attention_dim,
         attention_head_dim=4,
         norm_num_groups=4,
-    )
+    ).to(model.device, model.dtype)
     pipe = StableDiffusionPipeline(
         vae=old.vae,
         text_encoder=old.text_encoder,

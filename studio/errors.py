@@ -25,3 +25,9 @@ class Cancelled(Exception):
     """A job was stopped by its owner. `partial` holds what was finished by then, if anything."""
 
     partial: object | None = None
+
+
+def sentence(error: Exception) -> str:
+    """What a person reads of any error: its own sentence, or its kind with the start of what it says."""
+    said = " ".join(str(error).split())
+    return said if isinstance(error, StudioError) else f"{type(error).__name__}: {said[:200]}"

@@ -7,7 +7,7 @@ CPU seconds of this process are compared, since other programs share the cores.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 LLAMA = {
@@ -129,8 +129,8 @@ def trace_race(
     """CPU seconds of a causal trace of hidden states (every token and layer; the subject's first and last
     token), both ways, and the largest difference of any sampled probability.
 
-    The naive side is the number of cells times the median of 20 sampled ones, timed in turn with the fast
-    side, of which the median of `repeats` whole traces counts, clean and corrupted forwards included.
+    The naive side is the number of cells times the median of 20 sampled ones, timed between the batches of
+    the fast side, of which the median of `repeats` whole traces counts, with clean and corrupted forwards.
     """
     import torch
 
@@ -163,29 +163,48 @@ def trace_race(
 def _trace_times(
     case: tuple, grid: Any, chosen: list[tuple[int, int]], repeats: int
 ) -> tuple[list[float], list[float], float]:
-    """(seconds of whole traces, seconds of the chosen cells the naive way, largest difference), in turn."""
-    seconds, each, error = [], [], 0.0
+    """(seconds of whole traces, seconds of the chosen cells the naive way, largest difference). The cells are
+    spread over the traces, between their batches, so that both sides meet the same moods of the machine."""
+    seconds, each, naive = [], [], {}
     naive_trace_cell(*case, chosen[0])  # nobody pays for the first call
     for turn in range(repeats):
-        one, (answer, found) = _median(lambda _: trace_map(*case, grid), [turn])
-        seconds.append(one)
-        for token, layer in chosen[turn::repeats]:
-            one, logits = _median(lambda cell: naive_trace_cell(*case, cell), [(token, layer)])
-            each.append(one)
-            change = logits.softmax(-1)[:, answer] - found[:, layer, token]
-            error = max(error, float(change.abs().max()))
-    return seconds, each, error
+        waiting, spent = list(chosen[turn::repeats]), 0.0
+        count, batches = len(waiting), trace_batches(*case, grid)
+        while (timed := _median(lambda of: next(of, None), [batches]))[1] is not None:
+            spent, (done, answer, found) = spent + timed[0], timed[1]
+            while waiting and done > 1 - len(waiting) / count:
+                cell, net = waiting.pop(0), case[0].net
+                ours = net.config._attn_implementation
+                net.set_attn_implementation("sdpa")
+                one, naive[cell] = _median(lambda cell: naive_trace_cell(*case, cell), [cell])
+                net.set_attn_implementation(ours)
+                each.append(one)
+        seconds.append(spent + timed[0])
+    changes = [
+        logits.softmax(-1)[:, answer] - found[:, layer, token] for (token, layer), logits in naive.items()
+    ]
+    return seconds, each, max(float(change.abs().max()) for change in changes)
 
 
 def trace_map(model: Any, ids: list[int], places: tuple[int, ...], noise: Any, grid: Any) -> tuple[int, Any]:
     """(the model's own next token, its probability (samples, layers, tokens) with each hidden state restored
     where noise (samples, places, D) corrupts the tokens at `places`), as trace-language measures it."""
+    *_, (_, answer, found) = trace_batches(model, ids, places, noise, grid)
+    return answer, found
+
+
+def trace_batches(
+    model: Any, ids: list[int], places: tuple[int, ...], noise: Any, grid: Any
+) -> Iterator[tuple[float, int, Any]]:
+    """`trace_map`, one batch after another: (share of the runs that are done, token, probabilities)."""
     import torch
 
     from studio.methods.language_cells import batch_rows, restored, stages
     from studio.models.language_runs import prompt_runs
 
     found = torch.empty(len(noise), grid.layers, grid.length)
+    runs_of = [cell for cell in grid.cells() if grid.run_of(cell) is not None]
+    done, every = 0, len(noise) * len(runs_of)
     full = torch.zeros(len(noise), grid.length - grid.first, noise.shape[2])
     full[:, [t - grid.first for t in places]] = noise
     shown, rows = [places[0], places[-1], grid.length - 1], batch_rows(16, model.heads[0], grid.length)
@@ -205,7 +224,8 @@ def trace_map(model: Any, ids: list[int], places: tuple[int, ...], noise: Any, g
                 for alike, score in batch:
                     for _, layer, token in alike:
                         found[at, layer, token] = score.softmax(-1)[:, answer]
-    return answer, found
+                        done += len(samples)
+                yield done / every, answer, found
 
 
 def naive_trace_cell(

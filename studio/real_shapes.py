@@ -3,7 +3,7 @@
 
 SD 1 (UNet of 860 million parameters), SDXL (2.6 billion) and Llama 7B. Random weights cost what trained ones
 do; the maps mean nothing. What does not fit, or would take too long by the time of one row, is not run and
-the row says what it would need.
+the row says what it would need; what fails does not keep the rest from running.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from studio.errors import RequestError
+from studio.errors import RequestError, StudioError, sentence
 from studio.models.catalog import ASSETS
 from studio.models.device import free_memory, peak_bytes, release
 from studio.models.loading import Source
@@ -226,8 +227,12 @@ def run_method(name: str, model: Any, given: Config, rows: int) -> Any:
     return method.run(model, *parse(method, given, [0] if method.samples else None), None, Quiet(rows))
 
 
-def measure(session: Any, layout: str, settings: Settings, say: Callable[[str], None]) -> list[Row]:
-    """Every row of a layout, or one that says what is lacking."""
+Part = tuple[str, Callable[[], Row]]
+
+
+def measure(session: Any, layout: str, settings: Settings, say: Callable[[str], None]) -> Iterator[Row]:
+    """The rows of a layout as they come, or one that says what is lacking. What fails is left out, and named
+    at the end by a StudioError."""
     import torch
 
     dtype = getattr(torch, session.dtype if session.dtype in HALVES else "float32")
@@ -236,23 +241,38 @@ def measure(session: Any, layout: str, settings: Settings, say: Callable[[str], 
     what = f"{count / 1e6:,.0f} million parameters, {size / 1e9:.1f} GB in {kind}"
     if size > 0.8 * free:
         told = f"not run: {what}, and {free / 1e9:.1f} GB are free on {session.device}"
-        return [line(f"{layout}, weights", None, "GB", told)]
+        yield line(f"{layout}, weights", None, "GB", told)
+        return
     say(f"{layout}: {what}")
-    model = random_model(session, layout, dtype, settings)
+    yield line(f"{layout}, weights", size / 1e9, "GB", what)
+    failed: list[str] = []
     try:
-        found = (_language_rows if layout == "llama-7b" else _unet_rows)(session, model, settings, say)
+        yield from _made(
+            random_model(session, layout, dtype, settings), session, layout, settings, say, failed
+        )
     finally:
-        del model
-        release(session.device)
-    return [line(f"{layout}, weights", size / 1e9, "GB", what), *(_named(r, layout) for r in found)]
+        release(session.device)  # the model is gone with the frame that held it
+    if failed:
+        raise StudioError("; ".join(failed))
 
 
-def _named(row: Row, layout: str) -> Row:
-    return {**row, "name": f"{layout}, {row['name']}"}
+def _made(
+    model: Any, session: Any, layout: str, settings: Settings, say: Callable[[str], None], failed: list[str]
+) -> Iterator[Row]:
+    """The rows of a model; what fails goes into `failed`."""
+    parts = _language_parts if layout == "llama-7b" else _unet_parts
+    for name, part in parts(session, model, settings, say):
+        try:
+            row = part()
+        except Exception as error:  # what comes after is worth having
+            failed.append(f"{name}: {sentence(error)}")
+            release(session.device)
+        else:
+            yield {**row, "name": f"{layout}, {row['name']}"}
 
 
-def _unet_rows(session: Any, model: Any, settings: Settings, say: Callable[[str], None]) -> list[Row]:
-    """One row of the UNet, an image, a trace beside as many plain images, an edit."""
+def _unet_parts(session: Any, model: Any, settings: Settings, say: Callable[[str], None]) -> Iterator[Part]:
+    """One row of the UNet, images, a trace beside as many plain images, an edit."""
     watch = Stopwatch(session.device)
     flops, forward = forward_cost(model, 1)
     forward()
@@ -260,7 +280,10 @@ def _unet_rows(session: Any, model: Any, settings: Settings, say: Callable[[str]
     height = model.default_size()[0]
     rate = matrix_rate(session.device, model.dtype, max(64, min(8192, 16 * height)))
     share = f"{flops / one / 1e12:.3g} of {rate / 1e12:.3g} TFLOP/s that a matrix product reaches here"
-    out = [line("UNet, one row", one, "s", f"{flops / 1e9:.4g} GFLOP, {share}{watch.said()}")]
+    yield (
+        "UNet, one row",
+        lambda: line("UNet, one row", one, "s", f"{flops / 1e9:.4g} GFLOP, {share}{watch.said()}"),
+    )
     params = SimpleNamespace(guidance=7.5, steps=1, scheduler="ddim", height=None, width=None)
     rows = settings.rows or session.row_memory.rows(
         model.fingerprint, lambda: model.one_row(params), session.batch
@@ -269,32 +292,32 @@ def _unet_rows(session: Any, model: Any, settings: Settings, say: Callable[[str]
     sites = len(model.unet_sites(("cross-attention",)))
     trace = {**given, "subject": SUBJECT, "kinds": ["cross-attention"], "hint": False}
     images = {**given, "prompt": [PROMPT] * (sites + 2)}
-    calls = {
-        f"{sites + 2} plain images": ("generate", images, WORK["image"]),
-        f"trace of {sites} cross-attention layers": ("trace-unet", trace, WORK["trace"]),
-    }
-    for name, (method, asked, each) in calls.items():
-        expected = one * each * (sites + 2) * settings.steps
-        out.append(_timed(name, method, model, asked, rows, expected, watch, settings, say))
     edit = {"concept": ["star"], "replacement": ["circle"], "method": "uce", "layers": ["auto"]}
     edit |= {"images": False, "steps": settings.steps}
-    return [*out, _timed("edit (uce)", "edit", model, edit, rows, 4 * one, watch, settings, say)]
+    whole = one * (sites + 2) * settings.steps
+    for name, method, asked, expected in (
+        (f"{sites + 2} plain images", "generate", images, WORK["image"] * whole),
+        (f"trace of {sites} cross-attention layers", "trace-unet", trace, WORK["trace"] * whole),
+        ("edit (uce)", "edit", edit, 4 * one),
+    ):
+        yield name, partial(_timed, name, method, model, asked, rows, expected, watch, settings, say)
 
 
-def _language_rows(session: Any, model: Any, settings: Settings, say: Callable[[str], None]) -> list[Row]:
+def _language_parts(
+    session: Any, model: Any, settings: Settings, say: Callable[[str], None]
+) -> Iterator[Part]:
     """A forward of a prompt, a trace of every layer and token, knockouts of every token."""
     watch, rows = Stopwatch(session.device), settings.rows or session.batch
     prompt = model.encode(FACT)
     model.logits([prompt])
     one = min(watch.seconds(lambda: model.logits([prompt])) for _ in range(3))
     depth, tokens = len(model.blocks), len(prompt)
-    out = [line("one prompt", one, "s", f"{tokens} tokens, {depth} layers{watch.said()}")]
+    yield "one prompt", lambda: line("one prompt", one, "s", f"{tokens} tokens, {depth} layers{watch.said()}")
     trace = {"prompt": FACT, "subject": "Arvonia", "samples": 2, "answer": "Quill"}
     knockout = {"prompt": FACT, "subject": "Arvonia", "answer": "Quill", "groups": ["subject"], "controls": 1}
     for name, given in {"trace-language": trace, "knockout": knockout}.items():
         expected = one * depth * tokens  # what the naive way would take: an upper bound
-        out.append(_timed(name, name, model, given, rows, expected, watch, settings, say))
-    return out
+        yield name, partial(_timed, name, name, model, given, rows, expected, watch, settings, say)
 
 
 def _timed(
@@ -321,12 +344,12 @@ def _timed(
 LAYOUTS = ("sd1", "sdxl", "llama-7b")
 
 
-def real_shape(layout: str) -> Callable[[Any, Any, Any], list[Row]]:
+def real_shape(layout: str) -> Callable[[Any, Any, Any], Iterator[Row]]:
     """A benchmark entry's `run`."""
     if layout not in LAYOUTS:
         raise RequestError(f"There is no layout {layout!r}; known: {', '.join(LAYOUTS)}.")
 
-    def run(session: Any, settings: Any, say: Callable[[str], None]) -> list[Row]:
+    def run(session: Any, settings: Any, say: Callable[[str], None]) -> Iterator[Row]:
         import torch
 
         torch.set_num_threads(session.threads)

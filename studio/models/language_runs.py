@@ -19,11 +19,12 @@ import torch
 from studio.errors import StudioError
 from studio.models.attention_interface import attention_interface
 from studio.models.hooks import watch
+from studio.models.prompt_attention import attend
 from studio.models.sites import (
     LANGUAGE_KINDS,
     language_module,
     language_norms,
-    language_queries,
+    language_projections,
     language_rotary,
 )
 from studio.types import Site
@@ -31,7 +32,6 @@ from studio.types import Site
 Tensor = torch.Tensor
 Held = tuple[Tensor, Tensor]  # rows (n,), and what they are set to (n, D)
 _PIECE = 512  # rows that go through a module at a time, on a processor
-_COPIED = 3  # times its own tokens: so many earlier ones, which it shares, are copied for every world
 
 
 @dataclass
@@ -73,15 +73,28 @@ class Blocks:
         return self._in_pieces(layer, h, places, {})
 
     def keys(self, layer: int, h: Tensor, places: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Keys and values alone, as of `project`; None where they can't be had without the queries."""
+        """What the attention reads of `h` (rows, D) and its keys (rows, KV, d), as of `project`; None where
+        they can't be had without queries and values."""
         attention = self.model.attention(layer)
-        name = language_queries(attention)
-        if name is None or not attention.get_submodule(name).weight.is_floating_point():  # 8 or 4 bits
+        names = language_projections(attention)
+        if names is None or self.values(layer) is None:
             return None
-        one = {  # the queries of one head, which nobody reads
-            f"{name}.{key}": p[: self.size] for key, p in attention.get_submodule(name).named_parameters()
+        one = {  # the queries and values of one head, which nobody reads
+            f"{name}.{key}": p[: self.size]
+            for name in (names[0], names[2])
+            for key, p in attention.get_submodule(name).named_parameters()
         }
-        return self._in_pieces(layer, h, places, one)[1:]
+        return self.norms[layer][0](h), self._in_pieces(layer, h, places, one)[1]
+
+    def values(self, layer: int) -> tuple[Tensor, Tensor | None] | None:
+        """The matrix (KV, d, D) that makes values of what the attention reads, and its bias (KV, d) or None;
+        None where it is not on its own or is stored in 8 or 4 bits."""
+        names = language_projections(self.model.attention(layer))
+        module = names and self.model.attention(layer).get_submodule(names[2])
+        if not module or not module.weight.is_floating_point():
+            return None
+        bias = None if module.bias is None else module.bias.view(self.groups, self.size)
+        return module.weight.view(self.groups, self.size, -1), bias
 
     def _in_pieces(
         self, layer: int, h: Tensor, places: Tensor, instead: dict[str, Tensor]
@@ -133,69 +146,6 @@ class Blocks:
     def logits(self, h: Tensor) -> Tensor:
         """Logits (rows, vocabulary) float32 of final states (rows, D)."""
         return self.model.head(self.model.final_norm(h)).float()
-
-
-def attend(
-    q: Tensor,
-    own: tuple[Tensor, Tensor],
-    before: tuple[Tensor, Tensor],
-    scale: float,
-    unseen: tuple[Tensor | None, Tensor | None],
-) -> Tensor:
-    """Attention outputs (W * S * queries, H * d) of the last `queries` tokens of W worlds of S samples.
-
-    q (W, S, queries, H, d); own keys and values (W, S, n, KV, d), one set a world; those of the tokens before
-    (S, KV, t, d) are shared by the worlds of a sample. unseen: bool (queries, t) and (queries, n), the keys
-    that are not read; None where all are.
-    """
-    (k, v), (k0, v0) = own, before
-    w, s, m, heads, d = q.shape
-    groups, t = k.shape[3], k0.shape[2]
-    if t <= _COPIED * k.shape[2] and q.device.type == "cpu":
-        return _attend_together(q, own, before, scale, unseen)
-    each = heads // groups
-    scaled = q.new_empty(s, groups, w, each, m, d)
-    torch.mul(q.view(w, s, m, groups, each, d).permute(1, 3, 0, 4, 2, 5), scale, out=scaled)
-    k, v = (x.permute(1, 3, 0, 2, 4) for x in (k, v))  # S, KV, W, n, d
-    parts = [scaled.view(s, groups, w * each * m, d) @ k0.transpose(-1, -2)] if t else []
-    parts.append(scaled.view(s, groups, w, each * m, d) @ k.transpose(-1, -2))
-    for part, missing in zip(parts, unseen[-len(parts) :], strict=True):
-        if missing is not None:
-            part.view(s, groups, w, each, m, -1).masked_fill_(missing, -torch.inf)
-    scores = torch.cat([x.view(s, groups, w, each * m, -1) for x in parts], -1) if t else parts[0]
-    weights = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
-    z = weights[..., t:] @ v
-    if t:
-        z += (weights[..., :t].reshape(s, groups, w * each * m, t) @ v0).view_as(z)
-    return z.view(s, groups, w, each, m, d).permute(2, 0, 4, 1, 3, 5).reshape(w * s * m, heads * d)
-
-
-def _attend_together(
-    q: Tensor,
-    own: tuple[Tensor, Tensor],
-    before: tuple[Tensor, Tensor],
-    scale: float,
-    unseen: tuple[Tensor | None, Tensor | None],
-) -> Tensor:
-    """`attend` through PyTorch's attention, which wants the shared keys and values in every world."""
-    w, s, m, heads, d = q.shape
-    n, groups, t = own[0].shape[2], own[0].shape[3], before[0].shape[2]
-    whole = []
-    for past, mine in zip(before, own, strict=True):
-        both = mine.new_empty(w, s, t + n, groups, d)
-        both[:, :, :t], both[:, :, t:] = past.transpose(1, 2), mine
-        whole.append(both.view(w * s, t + n, groups, d).transpose(1, 2))
-    seen = None
-    if any(part is not None for part in unseen):
-        sizes = zip(unseen, (t, n), strict=True)
-        missing = [
-            part if part is not None else q.new_zeros(m, size, dtype=torch.bool) for part, size in sizes
-        ]
-        seen = ~torch.cat(missing, 1)
-    attention = torch.nn.functional.scaled_dot_product_attention
-    rows, many = q.reshape(w * s, m, heads, d).transpose(1, 2), groups < heads
-    z = attention(rows, *whole, attn_mask=seen, scale=scale, enable_gqa=many)
-    return z.transpose(1, 2).reshape(w * s * m, heads * d)
 
 
 class PromptRuns:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from studio.models.language_runs import Held, Layer, PromptRuns, attend
+from studio.models.language_runs import Held, Layer, PromptRuns
+from studio.models.prompt_attention import attend, attend_last
 
 Tensor = torch.Tensor
 _LOGITS = 2**25  # that are held at once
@@ -52,7 +53,8 @@ class _Group:
 @dataclass
 class _Part:
     """Worlds of one group at one layer: input `h` and queries of the tokens whose output is read (worlds,
-    samples, queries, …), keys and values of all its tokens."""
+    samples, queries, …), keys and values of all its tokens; on the last layer what the values are made from
+    (worlds, samples, tokens, D) may stand in their place."""
 
     group: _Group
     worlds: list[_World]
@@ -129,7 +131,9 @@ class Sweep:
             t = part.group.token
             unseen = runs.unseen(layer, runs.length - part.q.shape[2], t)
             past = k0[:, :, :t], v0[:, :, :t]
-            heads.append(attend(part.q, (part.k, part.v), past, runs.scales[layer], unseen))
+            given = part.q, (part.k, part.v), past, runs.scales[layer], unseen
+            made = part.v.dim() == part.k.dim()
+            heads.append(attend(*given) if made else attend_last(*given, *runs.blocks.values(layer)))
         h = [part.h.reshape(-1, part.h.shape[-1]) for part in parts]
         added = [runs.blocks.out(layer, torch.cat(heads))] if heads else []
         for group, stem in starts:
@@ -180,7 +184,7 @@ class Sweep:
             last = [g.h[:, :, -1].reshape(-1, flat.shape[1]) for g in groups]
             end = torch.full((sum(map(len, last)),), self.runs.length - 1, device=flat.device)
             q = self.runs.blocks.project(layer, torch.cat(last), end)[0].split(list(map(len, last)))
-            split = [q, *(x.split(sizes) for x in known)]
+            split = [q, *(x.split(sizes) for x in reversed(known))]
         return [
             self._part(layer, g, g.worlds, g.h, *(x.view(*g.h.shape[:2], -1, *x.shape[1:]) for x in qkv))
             for g, qkv in zip(groups, zip(*split, strict=True), strict=True)

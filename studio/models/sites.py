@@ -245,10 +245,9 @@ def language_rotary(net: nn.Module) -> nn.Module | None:
     return getattr(net.base_model, "rotary_emb", None)
 
 
-def language_queries(attention: nn.Module) -> str | None:
-    """Name of the matrix that gives an attention's queries alone; None where keys and values come from the
-    same one."""
-    return "q_proj" if hasattr(attention, "q_proj") else None
+def language_projections(attention: nn.Module) -> tuple[str, str, str] | None:
+    """Names of the matrices that give an attention's queries, keys and values; None where one gives all."""
+    return ("q_proj", "k_proj", "v_proj") if hasattr(attention, "q_proj") else None
 
 
 def written_matrix(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
