@@ -25,10 +25,11 @@ from studio.diffusion_race import (
     screen_rows,
     small_model,
     solver,
+    stated,
     text_trace,
     unet_trace,
 )
-from studio.errors import RequestError
+from studio.errors import RequestError, StudioError
 from tests import layouts
 
 KEYS = ["name", "value", "unit", "bar", "holds", "how"]
@@ -198,8 +199,10 @@ def test_entries_have_names_of_their_own_and_are_chosen_by_them() -> None:
     assert {e.group for e in ENTRIES} == {"", "planted", "real-shapes"}
     always = [e for e in ENTRIES if not e.group]
     assert chosen((), ()) == always and len(always) >= 8
-    assert chosen(["planted", "real-shapes"], ()) == list(ENTRIES)
     assert {e.group for e in chosen(["planted"], ())} == {"", "planted"}
+    assert {e.group for e in chosen(["real-shapes"], ())} == {"real-shapes"}  # on a GPU: nothing else
+    assert {e.group for e in chosen(["planted", "real-shapes"], ())} == {"planted", "real-shapes"}
+    assert [e.name for e in chosen(["real-shapes"], ["real-sd1", "help"])] == ["real-sd1", "help"]
     assert [e.name for e in chosen((), ["help"])] == ["help"]
     with pytest.raises(RequestError, match="There is no benchmark 'helpp'; known: help, "):
         chosen((), ["helpp"])
@@ -234,11 +237,8 @@ def test_a_record_is_written_whole_and_says_what_does_not_hold(
     said: list[str] = []
     record = run_bench(session, [entry], {}, out, said.append)
     assert said == ["both"] and json.loads(out.read_text()) == record
-    assert list(record) == ["host", "results"] and [r["holds"] for r in record["results"]] == [
-        True,
-        False,
-        None,
-    ]
+    assert list(record) == ["host", "results", "failed"] and record["failed"] == []
+    assert [r["holds"] for r in record["results"]] == [True, False, None]
     assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
     monkeypatch.setattr(bench, "ENTRIES", (entry,))
     assert command(["--out", str(tmp_path / "c.json"), "--only", "both", "--threads", "1"]) == 0
@@ -246,10 +246,59 @@ def test_a_record_is_written_whole_and_says_what_does_not_hold(
     assert "bar 1: holds" in lines[0] and "bar 1: DOES NOT HOLD" in lines[1] and "none of none" in lines[2]
 
 
-def test_a_broken_measurement_leaves_no_file(session: Any, tmp_path: Path) -> None:
-    def broken(*_: Any) -> list:
-        raise ZeroDivisionError
+def test_an_entry_that_fails_is_named_and_the_others_go_on(
+    session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    def halfway(*_: Any) -> Iterator[dict[str, Any]]:
+        yield stated("before", 1.0, "s", "x")
+        raise ZeroDivisionError("division\nby zero")
 
-    with pytest.raises(ZeroDivisionError):
-        run_bench(session, [Entry("x", "", broken)], {}, tmp_path / "b.json", print)
-    assert list(tmp_path.iterdir()) == []
+    def refused(*_: Any) -> list:
+        raise StudioError("There is not enough memory; take a smaller size.")
+
+    def last(*_: Any) -> list:
+        written.append(json.loads(out.read_text()))  # what is there before the last entry is through
+        return [stated("after", 2.0, "s", "x")]
+
+    written: list[Any] = []
+    out = tmp_path / "b.json"
+    entries = (Entry("a", "", halfway), Entry("b", "", refused), Entry("c", "", last))
+    monkeypatch.setattr(bench, "ENTRIES", entries)
+    assert command(["--out", str(out), "--threads", "1"]) == 1
+    record = json.loads(out.read_text())
+    assert [r["name"] for r in record["results"]] == ["before", "after"]
+    assert record["failed"] == [
+        {"name": "a", "error": "ZeroDivisionError: division by zero"},
+        {"name": "b", "error": "There is not enough memory; take a smaller size."},
+    ]
+    assert written == [{**record, "results": record["results"][:1]}]
+    assert [p.name for p in tmp_path.iterdir()] == ["b.json"]
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "a" and "a failed: ZeroDivisionError: division by zero" in told
+
+
+def test_an_interruption_ends_the_benchmark_and_keeps_what_is_measured(session: Any, tmp_path: Path) -> None:
+    def stopped(*_: Any) -> list:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "b.json"
+    entries = [Entry("a", "", lambda *_: [stated("a", 1.0, "s", "x")]), Entry("b", "", stopped)]
+    with pytest.raises(KeyboardInterrupt):
+        run_bench(session, entries, {}, out, print)
+    assert [r["name"] for r in json.loads(out.read_text())["results"]] == ["a"]
+
+
+def test_cpu_seconds_are_left_out_in_half_precision_and_the_reason_is_said(
+    session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: Any) -> list:
+        pytest.fail("it ran")
+
+    monkeypatch.setattr(session, "dtype", "bfloat16")
+    record = run_bench(session, [Entry("slow", "", never, cpu=True)], {}, tmp_path / "b.json", print)
+    (found,) = record["results"]
+    assert list(found) == KEYS and found["value"] is None and record["failed"] == []
+    assert found["how"].startswith("left out on cpu in bfloat16: ") and "take --device cpu" in found["how"]
+    ours = {e.name for e in ENTRIES if not e.group and not e.cpu}
+    ours -= {"help", "server-start"}
+    assert ours == {"locogen-cost", "unet-trace-cost", "text-encoder-trace-images"}  # our own loop alone

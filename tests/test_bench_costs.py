@@ -375,16 +375,18 @@ def test_the_page_says_what_is_reached_and_what_is_not() -> None:
     assert "## How costs grow" in made and "| c in n | 1.5 x | fitted; twice |" in made
     assert "## More figures" in made and "| d | 1.5 x | seen |" in made and "## Memory" not in made
     assert "All are reached." in bench_page.page(record(rows[1]))
-    assert "asked for\n" not in bench_page.page(record(rows[3]))
+    assert "asked for\n" not in bench_page.page(record(rows[3])) and "Failed" not in made
+    broken = record(*rows) | {"failed": [{"name": "real-sd1", "error": "Memory ran out."}]}
+    assert "## Failed in this run\n\n- real-sd1: Memory ran out.\n" in bench_page.page(broken)
 
 
 def test_the_page_is_made_from_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     one, two = tmp_path / "1.json", tmp_path / "2.json"
     one.write_text(json.dumps(record(("a", 1.0, True, "x"))))
-    two.write_text(json.dumps(record(("d", None, None, "y"))))
+    two.write_text(json.dumps(record(("d", None, None, "y")) | {"failed": [{"name": "e", "error": "No."}]}))
     assert bench_page.main([str(one), str(two), "--note", "Busy."]) == 0
     made = capsys.readouterr().out
-    assert "| a |" in made and "| d |" in made and "Busy." in made
+    assert "| a |" in made and "| d |" in made and "Busy." in made and "- e: No." in made
     for words, sentence in (
         ([], "Which file"),
         ([str(tmp_path / "none.json")], "none.json is not the file of a benchmark .FileNotFoundError"),
