@@ -7,7 +7,8 @@ with an inverse of d x d of its own. Ours: one factor for all matrices, then eve
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 LAYOUTS = {  # input width d, and (output width, how many matrices) of attn2.to_k and to_v
@@ -26,19 +27,19 @@ def race(
 ) -> dict[str, Any]:
     """Seconds of both forms for all matrices of a layout, and their largest errors against float64.
 
-    draw: a random float32 tensor of that many rows and columns. keys: columns of K. Each form is timed
-    `repeats` times and the best counts, since other programs disturb. Ours is timed on all matrices (a random
-    one of each width stands for the others), the textbook form on one of each width, times their number.
+    draw: a random float32 tensor of that many rows and columns. keys: columns of K. Both forms run in turn,
+    `repeats` times, and the best of each counts, since other programs disturb. Ours is timed on all matrices
+    (a random one of each width stands for the others), the textbook form on one of each width, times their
+    number.
     """
     width, shapes = LAYOUTS[layout]
     k, guides = draw(width, keys), draw(width, keys)
     matrices = {m: draw(m, width) / width**0.5 for m, _ in shapes}
     whole = [matrices[m] for m, count in shapes for _ in range(count)]
-    slow, theirs = 0.0, None
-    for m, count in shapes:
-        seconds, theirs = _best(lambda m=m: textbook(matrices[m], k, guides, regularization), repeats)
-        slow += seconds * count
-    fast, ours = _best(lambda: deltas(whole, k, guides, regularization), repeats)
+    calls: dict[int, Callable[[], Any]] = {0: lambda: deltas(whole, k, guides, regularization)}
+    calls |= {m: partial(textbook, matrices[m], k, guides, regularization) for m, _ in shapes}
+    best, found = _in_turn(calls, repeats)
+    fast, slow = best[0], sum(best[m] * count for m, count in shapes)
     last = whole[-1]
     exact = textbook(last.double(), k.double(), guides.double(), regularization) - last
     return {
@@ -46,21 +47,23 @@ def race(
         "seconds": fast,
         "textbook_seconds": slow,
         "ratio": slow / fast,
-        "error": _error(ours[-1], exact),
-        "textbook_error": _error(theirs - last, exact),
-        "how": f"best of {repeats}, {keys} keys; textbook: one matrix of each width, times their number",
+        "error": _error(found[0], exact),
+        "textbook_error": _error(found[shapes[-1][0]] - last, exact),
+        "how": f"in turn, best of {repeats}, {keys} keys; textbook: one matrix a width, times their number",
     }
 
 
-def _best(call: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """(seconds of the quickest call, what the last one gave)."""
-    seconds, found = [], None
+def _in_turn(calls: Mapping[int, Callable[[], Any]], repeats: int) -> tuple[dict[int, float], dict[int, Any]]:
+    """(seconds of the quickest run of each call, the last matrix it gave); every round runs each once."""
+    best, found = dict.fromkeys(calls, float("inf")), {}
     for _ in range(repeats):
-        found = None  # the memory of the last round is free before the next
-        started = time.perf_counter()
-        found = call()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds), found
+        for name, call in calls.items():
+            started = time.perf_counter()
+            made = call()
+            best[name] = min(best[name], time.perf_counter() - started)
+            found[name] = made[-1] if isinstance(made, list) else made
+            del made  # the memory of one form is free before the next
+    return best, found
 
 
 def textbook(weight: Any, keys: Any, guides: Any, regularization: float) -> Any:

@@ -173,6 +173,20 @@ def test_the_race_of_the_solver(monkeypatch: pytest.MonkeyPatch) -> None:
     hold_to_form([found])
 
 
+def test_both_sides_of_the_solver_run_in_turn_and_the_best_of_each_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    monkeypatch.setitem(solver_race.LAYOUTS, "sd1", (4, ((2, 2), (3, 3))))
+    monkeypatch.setattr(solver_race, "textbook", lambda w, *_: order.append("slow") or w)
+    monkeypatch.setattr(solver_race, "deltas", lambda ws, *_: order.append("fast") or list(ws))
+    clock = iter([0, 5, 0, 7, 0, 9, 0, 6, 0, 3, 0, 10])
+    monkeypatch.setattr(solver_race.time, "perf_counter", lambda: next(clock))
+    found = solver_race.race("sd1", lambda *shape: torch.ones(shape), repeats=2)
+    assert order[:6] == ["fast", "slow", "slow"] * 2
+    assert found["seconds"] == 5 and found["textbook_seconds"] == 3 * 2 + 9 * 3
+
+
 def test_the_layouts_have_the_modules_that_they_stand_for(atlas: Any) -> None:
     made = small_model(atlas, "sd1")
     kinds = ("cross-attention", "self-attention", "resnet", "feed-forward")
