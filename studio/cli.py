@@ -18,8 +18,9 @@ from typing import Any
 
 from studio.commands import COMMANDS, progress_bar
 from studio.errors import Cancelled, RequestError, StudioError
+from studio.given_files import whole_edit, whole_model, with_files
 from studio.models.catalog import DEFAULT_MODELS
-from studio.options import method_options, new_session, parse_options, texts_of
+from studio.options import method_options, new_session, parse_options
 from studio.registry import Method, load_methods, parse
 
 
@@ -134,11 +135,11 @@ def run_method(method: Method, argv: list[str]) -> int:
     saved = _saved(method, asked, given)
     recipe = Recipe(
         method.name,
-        _whole_path(given.get("model", DEFAULT_MODELS.get(method.family, ""))),
+        whole_model(given.get("model", DEFAULT_MODELS.get(method.family, ""))),
         asked,
         {},
         given.get("seeds"),
-        tuple(str(Path(e).expanduser().absolute()) for e in given.get("edit", ())),
+        tuple(map(whole_edit, given.get("edit", ()))),
     )
     with contextlib.closing(new_session(given)) as session:
         run = session.run(recipe, progress_bar(), out=out, force=given["force"])
@@ -197,32 +198,16 @@ def _say_finding(values: Mapping[str, Any]) -> None:
         print(found[0], file=sys.stderr)
 
 
-def _whole_path(model: str) -> str:
-    """A model given as a folder, so that a run replays from anywhere; names and hub ids as they are."""
-    from studio.models.catalog import CATALOG
-
-    folder = Path(model).expanduser()
-    return str(folder.absolute()) if model and model not in CATALOG and folder.is_dir() else model
-
-
 def _asked(method: Method, given: dict[str, Any]) -> dict[str, Any]:
+    """Inputs and parameters that were given, with the files that they name."""
     asked: dict[str, Any] = {}
     for cls in (method.inputs, method.params):
         for f in dataclasses.fields(cls):
             if f.default is True:
                 asked[f.name] = not given.pop(f"no_{f.name}", False)
             elif f.name in given:
-                asked[f.name] = texts_of(given[f.name]) if f.metadata["lines"] else given[f.name]
-                if f.metadata["paths"]:
-                    asked[f.name] = _whole_files(asked[f.name])
-    return asked
-
-
-def _whole_files(given: Any) -> Any:
-    """Paths of files from the root on, so that a run replays from anywhere."""
-    if isinstance(given, str):
-        return os.path.abspath(os.path.expanduser(given)) if given else given
-    return tuple(map(_whole_files, given))
+                asked[f.name] = given[f.name]
+    return with_files(method, asked)
 
 
 def entry() -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import os
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 from studio.errors import RequestError
@@ -25,7 +22,11 @@ COMMON = {
     "runs": ("DIR", "the store (default: $LOCUS_HOME/runs, ~/.locus/runs)"),
     "models": ("DIR", "folder in which models are also looked for by name"),
     "device": ("STR", "auto, cpu, cuda or mps (default: auto)"),
-    "dtype": ("STR", "auto, float32, float16 or bfloat16 (default: auto, which is float32)"),
+    "dtype": (
+        "STR",
+        "auto, float32, float16, bfloat16, or int8 and int4 for the weights of language models on CUDA "
+        "(default: auto, which is float32)",
+    ),
     "threads": ("INT", "threads of the CPU (default: all cores)"),
     "batch": ("INT", "rows of one forward (default: 16 on a CPU; on a GPU as many as fit)"),
 }
@@ -123,21 +124,6 @@ def _declared(f: dataclasses.Field, kind: Any) -> tuple[str, Option]:
     help_ += "; give it again for more" * meta["repeat"] + "; or a file with one a line" * meta["lines"]
     default = "" if f.default in (None, "") or required else ",".join(f.default) if many else str(f.default)
     return f.name, (shape, metavar, ("required: " if required else "") + help_, default)
-
-
-def texts_of(given: Sequence[str]) -> tuple[str, ...]:
-    """Texts, of which each may be a file that holds some, one a line."""
-    out: list[str] = []
-    for text in given:
-        if not os.path.isfile(os.path.expanduser(text)):
-            out.append(text)
-            continue
-        try:
-            lines = Path(text).expanduser().read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise RequestError(f"{text} can't be read as a text file in UTF-8.") from error
-        out += [line.strip() for line in lines if line.strip()]
-    return tuple(out)
 
 
 def new_session(given: dict[str, Any]) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from studio.commands import sweep_bar
 from studio.errors import RequestError
+from studio.given_files import with_files
 from studio.models.catalog import DEFAULT_MODELS
 from studio.options import new_session
 from studio.registry import Method
@@ -32,8 +32,7 @@ def run_prompts(method: Method, asked: dict[str, Any], given: dict[str, Any]) ->
     shared = {k: v for k, v in asked.items() if v is not None} | {
         k: given[k] for k in ("model", "seeds") if k in given
     }
-    if given.get("edit"):
-        shared["edit"] = [os.path.abspath(os.path.expanduser(e)) for e in given["edit"]]
+    shared = with_files(method, shared | ({"edit": given["edit"]} if given.get("edit") else {}))
     read = prompt_sweep(method, shared, Path(given["prompts"]).expanduser())
     out = Path(given["out"]).expanduser()
     check_out(out, read)

@@ -40,13 +40,15 @@ def knob(
     commas: bool = True,
     lines: bool = False,
     paths: bool = False,
+    weights: bool = False,
 ) -> Any:
     """A declared option. `default` MISSING makes it required; `repeat` lets a text list be given several
     times.
 
     Tuples of texts with `choices` are written with commas, `commas` False takes several words instead
     (--words a b). `lines`: on the command line a file may stand for texts, one a line. `paths`: names of
-    files of this machine, which the command line makes whole.
+    files of this machine, which the command line makes whole. `weights`: the name of a model or its folder,
+    which it makes whole too.
     """
     meta = {
         "help": help,
@@ -59,6 +61,7 @@ def knob(
         "commas": commas,
         "lines": lines,
         "paths": paths,
+        "weights": weights,
     }
     return field(metadata=meta) if default is MISSING else field(default=default, metadata=meta)
 

@@ -15,15 +15,13 @@ import io
 import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from studio.edit_files import split_entry
 from studio.errors import RequestError
-from studio.models.catalog import CATALOG
+from studio.given_files import beside, with_files
 from studio.registry import Method, find_method, load_methods, parse_seeds
 from studio.types import Recipe
 
@@ -82,7 +80,7 @@ def read_sweep(path: str, limit: int | None = None) -> Sweep:
     rows = [(line, {k: v for k, v in row.items() if k not in unused}) for line, row in rows]
     count = math.prod(map(len, grid.values())) * len(rows)
     _check_count(count, limit)
-    points = tuple(_points(params, grid, rows, file.parent))
+    points = tuple(_points(method, with_files(method, params, file.parent), grid, rows, file.parent))
     whole = json.dumps([method.name, [p.asked for p in points]], sort_keys=True)
     return Sweep(method, points, hashlib.sha256(whole.encode()).hexdigest(), unused)
 
@@ -96,7 +94,7 @@ def prompt_sweep(method: Method, asked: Mapping[str, Any], source: Path, limit: 
     unused = _unused(method, rows)
     rows = [(line, {k: v for k, v in row.items() if k not in unused}) for line, row in rows]
     _check_count(len(rows), limit)
-    points = tuple(_points(asked, {}, rows, source.parent))
+    points = tuple(_points(method, asked, {}, rows, source.parent))
     whole = json.dumps([method.name, [p.asked for p in points]], sort_keys=True)
     return Sweep(method, points, hashlib.sha256(whole.encode()).hexdigest(), unused)
 
@@ -219,7 +217,7 @@ def _rows(given: Any, file: Path, grid: Mapping[str, Any]) -> list[tuple[int | N
         return [(None, {})]
     if not isinstance(given, str):
         raise RequestError(f"`rows` of {file} must name a JSONL file, not {_short(given)}.")
-    source = Path(_beside(file.parent, given))
+    source = Path(beside(given, file.parent))
     found = read_rows(source)
     for number, row in found:
         if twice := sorted(row.keys() & grid.keys()):
@@ -302,35 +300,19 @@ def _check_count(count: int, limit: int | None) -> None:
 
 
 def _points(
-    params: Mapping[str, Any], grid: Mapping[str, list], rows: list[tuple], folder: Path
+    method: Method, params: Mapping[str, Any], grid: Mapping[str, list], rows: list[tuple], folder: Path
 ) -> Iterator[Point]:
-    for cell, values in enumerate(itertools.product(*grid.values())):
-        varied = dict(zip(grid, values, strict=True))
-        for line, row in rows:
-            yield Point(cell, varied, line, row, _with_paths({**params, **varied, **row}, folder))
-
-
-def _with_paths(asked: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Edit files and model folders may stand beside the sweep file."""
-    if isinstance(model := asked.get("model"), str) and model not in CATALOG:
-        place = _beside(folder, model)
-        asked["model"] = place if model and os.path.isdir(place) else model
-    if (edits := asked.get("edit")) is not None:
-        edits = [edits] if isinstance(edits, str) else edits
-        if not isinstance(edits, list) or not all(isinstance(e, str) for e in edits):
-            raise RequestError(f"`edit` must be a file or a list of files, not {_short(edits)}.")
-        asked["edit"] = [_beside(folder, split_entry(e)[0]) + e[len(split_entry(e)[0]) :] for e in edits]
-    return asked
-
-
-def _beside(folder: Path, name: str) -> str:
-    """A path from the sweep file's folder where something stands there, else from the working folder."""
-    given = Path(name).expanduser()
-    try:
-        there = (folder / given).exists()
-    except OSError:  # longer than a name may be
-        there = False
-    return str((folder / given if there else given).absolute())
+    """Every combination of the grid with every row. Files that they name may stand in `folder`; the files of
+    `params` are whole already."""
+    places = [[(v, with_files(method, {name: v}, folder)) for v in values] for name, values in grid.items()]
+    found = [(line, row, with_files(method, row, folder)) for line, row in rows]
+    for cell, chosen in enumerate(itertools.product(*places)):
+        varied = {name: value for name, (value, _) in zip(grid, chosen, strict=True)}
+        whole = dict(params)
+        for _, value in chosen:
+            whole |= value
+        for line, row, named in found:
+            yield Point(cell, varied, line, row, whole | named)
 
 
 def _short(value: Any) -> str:

@@ -24,6 +24,7 @@ LEVELS = {
     "studio.models": 2,
     **dict.fromkeys(("studio.edits", "studio.edit_files", "studio.edit_export", "studio.solver_race"), 3),
     "studio.vision_race": 3,
+    "studio.given_files": 3,
     "studio.atlas": 3,
     **dict.fromkeys(("studio.methods", "studio.audit", "studio.language_race"), 4),
     **dict.fromkeys(

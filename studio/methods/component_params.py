@@ -11,7 +11,9 @@ from studio.registry import knob
 class SpaceParams:
     """The CLIP whose texts are used, and how a model that is no CLIP gets there."""
 
-    clip: str | None = knob(None, "CLIP whose texts are used; default the model itself if it is one")
+    clip: str | None = knob(
+        None, "CLIP whose texts are used; default the model itself if it is one", weights=True
+    )
     aligner: str | None = knob(
         None, "file of `locus align` that maps this model's components into the CLIP's space", paths=True
     )

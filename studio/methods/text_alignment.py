@@ -42,7 +42,7 @@ class Inputs:
 class Params:
     """Into whose space, and how the maps are fitted."""
 
-    clip: str = knob(REQUIRED, "CLIP into whose image space the components are mapped")
+    clip: str = knob(REQUIRED, "CLIP into whose image space the components are mapped", weights=True)
     blocks: int = knob(5, "last blocks whose heads and MLPs get a map of their own", low=1, high=1000)
     steps: int = knob(400, "steps of Adam after the closed form; 0 leaves them out", low=0, high=10**6)
     rate: float = knob(3e-3, "learning rate at the start", low=1e-7, high=1.0, advanced=True)

@@ -44,7 +44,9 @@ class ScoreParams:
     )
     target: str | None = knob(None, "text that images are scored against; default the prompt", advanced=True)
     against: str | None = knob(None, "a second text, whose score is subtracted", advanced=True)
-    scorer: str | None = knob(None, "CLIP that scores; default atlas-clip for Atlas models", advanced=True)
+    scorer: str | None = knob(
+        None, "CLIP that scores; default atlas-clip for Atlas models", advanced=True, weights=True
+    )
 
 
 NOISE: float = knob(

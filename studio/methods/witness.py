@@ -34,6 +34,7 @@ SECOND: str | None = knob(
     "an independent scorer beside the first: a CLIP, judge (reads Atlas pictures and shares nothing with any "
     "model; default for Atlas models) or none",
     advanced=True,
+    weights=True,
 )
 
 
