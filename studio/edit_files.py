@@ -9,6 +9,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 from studio.edits import Active
 from studio.errors import RequestError
 from studio.models.lora import is_lora, read_lora
+from studio.registry import find_method
 from studio.types import Edit
 
 STRONGEST = 100.0
@@ -53,6 +55,7 @@ def read_edit(path: str | Path) -> Edit:
     ):
         raise foreign
     concepts, replacements, params = _recorded(note, foreign)
+    _check_numbers(path, params)
     _check_finite(path, deltas)
     method = note.get("locus.method", "")
     return Edit(deltas, note["locus.base_fingerprint"], tuple(concepts), params, method, tuple(replacements))
@@ -71,6 +74,24 @@ def _recorded(note: Mapping[str, str], foreign: RequestError) -> tuple[list[str]
     if not texts or not isinstance(params, dict):
         raise foreign
     return concepts, replacements, params
+
+
+def _check_numbers(path: Path, params: Mapping[str, Any]) -> None:
+    """RequestError for a number by which edits are composed that `locus edit` would not have written."""
+    known = {f.name: f.metadata for f in fields(find_method("edit").params)}
+    spans = {n: (known[n]["low"], known[n]["high"]) for n in ("strength", "regularization")} | {
+        "ratios": (0, 1)
+    }
+    for name, (low, high) in spans.items():
+        given = params.get(name, [])
+        each = given if name == "ratios" and isinstance(given, list) else [given] * (name in params)
+        for value in each:
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not low <= value <= high:
+                raise RequestError(
+                    f"{path}: the entry {name} of its locus.params must be a number from {low:g} to "
+                    f"{high:g}, not {str(value)[:40]!r}; make the edit again."
+                )
 
 
 def _check_finite(path: Path, deltas: dict[str, np.ndarray]) -> None:

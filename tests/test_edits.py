@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import save_file as save_torch
 
 from studio.edit_files import read_edit
 from studio.edits import overlay
-from studio.errors import RequestError
+from studio.errors import RequestError, StudioError
 from studio.models.sampling import Plan, denoise
 from studio.types import Edit
 from tests import layouts
@@ -259,3 +260,28 @@ def test_deltas_that_are_not_float32_are_refused(tmp_path: Path, dtype: torch.dt
     save_torch({KEY: torch.ones(3, dtype=dtype)}, file, metadata={"locus.base_fingerprint": "f"})
     with pytest.raises(RequestError, match="float32"):
         read_edit(file)
+
+
+@pytest.mark.parametrize("name", ["strength", "regularization", "ratios"])
+@pytest.mark.parametrize("value", [math.nan, 1e308, -1e308, "1", None, [None], True, {}])
+def test_numbers_that_no_edit_has_are_refused(model: Any, tmp_path: Path, name: str, value: Any) -> None:
+    note = {"base_fingerprint": "f", "params": json.dumps({name: value})}
+    file = write(tmp_path / "e.safetensors", edit(model, KEY).deltas, **note)
+    with pytest.raises(RequestError, match=rf"e.safetensors: the entry {name} .* must be a number from"):
+        read_edit(file)
+
+
+def test_a_regularization_below_zero_is_refused(model: Any, tmp_path: Path) -> None:
+    note = {"base_fingerprint": "f", "params": json.dumps({"regularization": -5})}
+    file = write(tmp_path / "e.safetensors", edit(model, KEY).deltas, **note)
+    with pytest.raises(RequestError, match="entry regularization .* from 1e-06 to 1e.06, not '-5'"):
+        read_edit(file)
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf])
+def test_an_image_that_is_no_number_is_no_image(model: Any, broken: float) -> None:
+    latents = torch.zeros(2, model.unet.config.in_channels, 2, 2)
+    latents[1, 0, 0, 0] = broken
+    with pytest.raises(StudioError, match="drew NaN or infinity instead of an image; lower the strength"):
+        model.decode(latents)
+    assert model.decode(latents[:1]).dtype == np.uint8

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from studio.errors import RequestError
+from studio.errors import RequestError, StudioError
 from studio.models.base import FromSource
 from studio.models.compiled import CompiledUNet
 from studio.models.device import channels_last
@@ -246,7 +246,8 @@ class DiffusionModel(FromSource):
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor, chunk: int = 16) -> np.ndarray:
-        """Images (N, H, W, 3) uint8 of final latents, rounded as diffusers does."""
+        """Images (N, H, W, 3) uint8 of final latents, rounded as diffusers does; StudioError when one is NaN
+        or infinite."""
         config = self.vae.config
         upcast = self.vae.dtype == torch.float16 and config.get("force_upcast", False)
         if upcast:
@@ -265,7 +266,13 @@ class DiffusionModel(FromSource):
         finally:
             if upcast:
                 self.vae.to(torch.float16)
-        pixels = torch.cat(parts).mul(0.5).add(0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+        drawn = torch.cat(parts)
+        if not drawn.isfinite().all():
+            raise StudioError(
+                f"{self.id} drew NaN or infinity instead of an image; lower the strength of the edits or the "
+                "guidance, or take --dtype float32."
+            )
+        pixels = drawn.mul(0.5).add(0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         return (pixels * 255).round().astype(np.uint8)
 
     def generate(
