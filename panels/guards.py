@@ -38,6 +38,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": _POLICY,
 }
+_TOO_LARGE = "The request is larger than this studio takes."
 _log = logging.getLogger("locus")
 _WRONG = (LookupError, TypeError, ValueError, RecursionError, AttributeError, FnIndexInferError)
 
@@ -92,11 +93,14 @@ class Guard:
                     del answered["access-control-allow-origin"]
             await send(message)
 
-        refusal = self._refused(request)
+        refusal, body = self._refused(request), Body(receive, with_headers, _most(request))
         trying = self._inside is not None and request.method == "POST" and _is_login(request)
         if refusal is None and trying:
             refusal = await self._slowed(request)
-        await (refusal or self._app)(scope, receive, with_headers)
+        if refusal is not None:
+            await refusal(scope, receive, with_headers)
+        else:
+            await body.through(self._app, scope)
         if trying and status == 200:
             self._tries.right(_address(request))
 
@@ -104,10 +108,14 @@ class Guard:
         headers, path = request.headers, request.scope["path"]
         if _CLOSED.match(path):
             return _said("There is no such page here.", 404)
+        if "transfer-encoding" in headers and "content-length" in headers:
+            refusal = _said("Send Content-Length or Transfer-Encoding, not both.", 400)
+            refusal.headers["Connection"] = "close"  # where the body ends is anybody's guess
+            return refusal
         length = headers.get("content-length", "" if "transfer-encoding" in headers else "0")
-        most = UPLOAD_LIMIT if path == "/gradio_api/upload" else BODY_LIMIT
-        if request.method in ("POST", "PUT", "PATCH") and (not length.isdecimal() or int(length) > most):
-            return _said("The request is larger than this studio takes.", 413)
+        unknown = not length.isdecimal() and request.method in ("POST", "PUT", "PATCH")
+        if unknown or (length.isdecimal() and int(length) > _most(request)):
+            return _said(_TOO_LARGE, 413)
         if request.method not in ("GET", "HEAD", "OPTIONS") and not _same_site(request):
             return _said("Requests from other sites are refused.", 403)
         if self._inside is not None and not self._may(request, path):
@@ -130,6 +138,37 @@ class Guard:
             return refusal
         await asyncio.sleep(wait)
         return None
+
+
+class Body:
+    """What a request sends, counted as it comes, whatever its headers say of it: past `most` bytes the
+    application is told that the client has left, and the client is told why."""
+
+    def __init__(self, receive: Any, send: Any, most: int) -> None:
+        self._receive, self._send, self._most = receive, send, most
+        self._size, self._begun = 0, False
+
+    async def through(self, app: Any, scope: Any) -> None:
+        """Answers the request by `app`, or says that it is too large."""
+        try:
+            await app(scope, self._counted, self._answered)
+        except Exception:
+            if self._begun or self._size <= self._most:
+                raise
+        if not self._begun and self._size > self._most:
+            await _said(_TOO_LARGE, 413)(scope, self._receive, self._send)
+
+    async def _counted(self) -> Any:
+        if self._size > self._most:
+            return {"type": "http.disconnect"}
+        message = await self._receive()
+        self._size += len(message.get("body", b"")) if message["type"] == "http.request" else 0
+        return message if self._size <= self._most else {"type": "http.disconnect"}
+
+    async def _answered(self, message: Any) -> None:
+        if self._begun or self._size <= self._most:
+            self._begun = True
+            await self._send(message)
 
 
 class Sentences:
@@ -184,6 +223,11 @@ def _same_site(request: Request) -> bool:
 
 def _address(request: Request) -> str:
     return request.client.host if request.client else ""
+
+
+def _most(request: Request) -> int:
+    """Bytes that the body of a request may have."""
+    return UPLOAD_LIMIT if request.scope["path"] == "/gradio_api/upload" else BODY_LIMIT
 
 
 def _said(sentence: str, status: int) -> JSONResponse:
