@@ -32,6 +32,7 @@ from studio.models.parking import Parking
 from studio.models.precision import computed_in, held_as
 from studio.provenance import files_read, laid, origin, versions, with_warnings
 from studio.registry import Method, find_method, parse, plain
+from studio.rescue import saved, tried
 from studio.store import Store, write_run
 from studio.types import Recipe, Result, Run
 
@@ -46,8 +47,8 @@ class Session:
     device: auto (CUDA, then MPS, then CPU), cpu, cuda or mps. dtype: auto is float32; what halves are used
     for models/precision.py says; int8 and int4 are for the weights of language models. threads: of torch on
     the CPU.
-    memory: bytes that loaded models may take (default: 70 % of what is free at the start). batch: rows of
-    one forward.
+    memory: bytes that loaded models may take (default: 70 % of what is free at the start); those of one run
+    stay together, also above that. batch: rows of one forward.
     """
 
     def __init__(
@@ -175,6 +176,7 @@ class Session:
         place of the session's."""
         source, dtype = self.source(name, kind), held_as(kind, dtype or self.dtype)
         key = (str(source.path.resolve()), source.fingerprint, dtype, kind)
+        self.parking.use(key)
         if key not in self._loaded:
             self._make_room(source, dtype)
             waits = key in self.parking
@@ -221,9 +223,7 @@ class Session:
     def _make_room(self, source: Source, dtype: str) -> None:
         budget = self.budget()
         need = check_memory(source, dtype, budget, self.device)
-        while self._loaded and sum(b for _, b in self.loaded()) + need > budget:
-            self.parking.park(*self._loaded.popitem(last=False))
-            release(self.device)
+        self.parking.make_room(self._loaded, source.name, need, budget)
 
     def _scorer(self, params: Any, model: Any, job: Job) -> Any:
         if hasattr(params, "clip"):
@@ -261,34 +261,35 @@ class Session:
         import torch
 
         torch.set_num_threads(self.threads)
-        if "call" in job.options:
-            return job.options["call"](self.model(job.recipe.model, job.options["kind"]))
-        recipe, method = job.recipe, find_method(job.recipe.method)
-        inputs, params, seeds = parse(
-            method, {**recipe.inputs, **recipe.params}, recipe.seeds if method.samples else None
-        )
-        job.plan(0, "loading the model")
-        dtype, why = computed_in(method, self.dtype)
-        if why:
-            job.warn(why)
-        model = self._model_for(method, recipe.model, dtype)
-        scorer = self._scorer(params, model, job)
-        method, second = self._with_extras(method, model, params, job)
-        key = recipe.key(
-            model.fingerprint,
-            dtype,
-            tuple(mark(self.shelf.open(entry)) for entry in recipe.edits),
-            (scorer.fingerprint if scorer else "") + second + files_read(inputs, params) or None,
-        )
-        anew = job.options.get("fresh") or job.options.get("out") is not None
-        if not anew and (found := self.store.find(key, own=True)):
-            return found
-        run, failure = self._attempt(method, (model, inputs, params, seeds, scorer), job)
-        run = self._keep(replace(run, key=key, model=origin(model, recipe.model)), method, job)
-        if failure is not None:
-            failure.partial = run
-            raise failure
-        return run
+        with self.parking.job():
+            if "call" in job.options:
+                return job.options["call"](self.model(job.recipe.model, job.options["kind"]))
+            recipe, method = job.recipe, find_method(job.recipe.method)
+            inputs, params, seeds = parse(
+                method, {**recipe.inputs, **recipe.params}, recipe.seeds if method.samples else None
+            )
+            job.plan(0, "loading the model")
+            dtype, why = computed_in(method, self.dtype)
+            if why:
+                job.warn(why)
+            model = self._model_for(method, recipe.model, dtype)
+            scorer = self._scorer(params, model, job)
+            method, second = self._with_extras(method, model, params, job)
+            key = recipe.key(
+                model.fingerprint,
+                dtype,
+                tuple(mark(self.shelf.open(entry)) for entry in recipe.edits),
+                (scorer.fingerprint if scorer else "") + second + files_read(inputs, params) or None,
+            )
+            anew = job.options.get("fresh") or job.options.get("out") is not None
+            if not anew and (found := self.store.find(key, own=True)):
+                return found
+            run, failure = self._attempt(method, (model, inputs, params, seeds, scorer), job)
+            run = self._keep(replace(run, key=key, model=origin(model, recipe.model)), method, job)
+            if failure is not None:
+                failure.partial = run
+                raise failure
+            return run
 
     def _model_for(self, method: Method, name: str, dtype: str) -> Any:
         model = self.model(name, method.family, dtype)
@@ -301,6 +302,7 @@ class Session:
 
     def _attempt(self, method: Method, arguments: tuple, job: Job) -> tuple[Run, Exception | None]:
         """(the run, what ended it early or None); an end before the first partial result is raised."""
+        tried(self.store, job.options)
         started, clock, rows = datetime.now(UTC), time.monotonic(), self.batch
         edits = [self.shelf.open(entry) for entry in (() if method.lays_edits else job.recipe.edits)]
         forced = bool(job.options.get("force"))
@@ -373,14 +375,14 @@ class Session:
     def _write(self, run: Run, figure: Any, job: Job) -> Run:
         out = job.options.get("out")
         if out is None:
-            return self.store.save(run, figure) if job.options.get("save", True) else run
+            return saved(self.store, run, figure) if job.options.get("save", True) else run
         if run.status == "stopped":
             return run
         try:
             write_run(replace(run, id=out.name), out, figure)
         except (StudioError, FileExistsError) as error:
             reason = "it came into being meanwhile" if isinstance(error, FileExistsError) else str(error)
-            kept = self.store.save(run, figure)
+            kept = saved(self.store, run, figure)
             raise StudioError(
                 f"{out} could not be written ({reason}); the run is kept as {self.store.root / kept.id}."
             ) from error

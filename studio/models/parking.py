@@ -2,16 +2,19 @@
 come back by copies that the GPU makes by itself.
 
 An evicted model is so a fraction of a second away instead of a load from disk. Oldest out when the host has
-no room; a model whose weights are packed (8 or 4 bits) can't be moved and is let go.
+no room; a model whose weights are packed (8 or 4 bits) can't be moved and is let go. What the running job
+uses is never moved.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from studio.models.device import free_memory
+from studio.errors import StudioError
+from studio.models.device import free_memory, release
 
 _SHARE = 0.5  # of the host's free memory that waiting models may take
 
@@ -33,6 +36,39 @@ class Parking:
         self._room = room or (lambda: host_room(device))
         self._pin = device == "cuda" if pin is None else pin
         self._waiting: OrderedDict[Any, Any] = OrderedDict()
+        self._used: set[Any] | None = None  # by the job that runs, if one does
+
+    @contextmanager
+    def job(self) -> Iterator[None]:
+        """A job: what is used in it stays on the device until it ends, whatever way it ends."""
+        self._used = set()
+        try:
+            yield
+        finally:
+            self._used = None
+
+    def use(self, key: Any) -> None:
+        """The job that runs, if one does, uses this model."""
+        if self._used is not None:
+            self._used.add(key)
+
+    def make_room(self, loaded: OrderedDict[Any, Any], name: str, need: int, budget: int) -> None:
+        """Parks the least recently used of the loaded models until `need` more bytes, of the model `name`,
+        are within the budget. Those of the running job stay: they may go above the budget together, and
+        StudioError says when even the device has no room for that."""
+        while sum(model.nbytes() for model in list(loaded.values())) + need > budget:
+            free = [key for key in list(loaded) if key not in (self._used or ())]
+            if not free and loaded and need > free_memory(self.device):
+                raise StudioError(
+                    f"{name} needs about {need / 1e9:.1f} GB beside the other models of this run, more than "
+                    f"is free on {self.device}; take a smaller model or --dtype."
+                )
+            if not free:
+                return
+            if (model := loaded.pop(free[0], None)) is not None:  # another thread may have let it go
+                self.park(free[0], model)
+                del model
+                release(self.device)
 
     def __contains__(self, key: Any) -> bool:
         return key in self._waiting
