@@ -1,14 +1,9 @@
-"""The login, open hosts, and models that carry code: what a stranger may try before and beside the page."""
+"""The login and open hosts: what a stranger may try before the page."""
 
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import pickle
-import shutil
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
@@ -17,8 +12,6 @@ from gradio_client import Client
 from panels import guards, server
 from studio.cli import main
 from studio.errors import RequestError
-from studio.models.catalog import ASSETS
-from studio.models.loading import locate, weight_files
 from studio.session import Session
 from tests.browser import studio as serving_studio
 
@@ -100,55 +93,3 @@ def test_an_open_host_needs_a_login(host: str, capsys: pytest.CaptureFixture) ->
 def test_a_login_has_two_parts(auth: str) -> None:
     with pytest.raises(RequestError, match="--auth must have the form user:password"):
         server.check_address("127.0.0.1", "0", auth)
-
-
-# ---- models that carry code ------------------------------------------------------------------------------
-
-
-class Bomb:
-    """A pickle that makes a folder when it is opened."""
-
-    def __init__(self, target: Path) -> None:
-        self.target = str(target)
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (self.target,)
-
-
-CONFIGS = {
-    "a language model": ("config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
-    "a CLIP": ("config.json", {"model_type": "clip"}),
-    "a vision transformer": ("config.json", {"architecture": "vit_tiny_patch16_224"}),
-    "a CLIP of open_clip": ("open_clip_config.json", {"model_cfg": {}}),
-}
-
-
-@pytest.mark.parametrize("name", ("pytorch_model.bin", "model.ckpt", "weights.pt", "weights.pth"))
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_a_poisoned_file_is_refused_by_name(kind: str, name: str, session: Session, tmp_path: Path) -> None:
-    file, content = CONFIGS[kind]
-    folder, target = tmp_path / "model", tmp_path / "sprung"
-    folder.mkdir()
-    (folder / file).write_text(json.dumps(content))
-    (folder / name).write_bytes(pickle.dumps(Bomb(target)))
-    source = locate(str(folder))
-    with pytest.raises(RequestError, match=f"{name} in .* is a pickle, which can run foreign code"):
-        weight_files(source.path)
-    with pytest.raises(RequestError, match=f"{name} in .* is a pickle, which can run foreign code"):
-        session.model(str(folder), source.kind)
-    assert not target.exists()
-
-
-def test_code_of_a_language_model_never_runs(session: Session, tmp_path: Path) -> None:
-    """A folder whose configuration names classes of its own is loaded without them, or refused."""
-    folder = tmp_path / "model"
-    shutil.copytree(ASSETS / "atlas" / "atlas-llama", folder)
-    config = json.loads((folder / "config.json").read_text())
-    parts = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
-    config["auto_map"] = {part: "evil.Evil" for part in parts}
-    config["model_type"] = "evil"
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "evil.py").write_text(f"import os\nos.mkdir({str(tmp_path / 'sprung')!r})\nclass Evil: pass\n")
-    with pytest.raises((RequestError, Exception)) as refused:
-        session.model(str(folder), "language")
-    assert "evil" in str(refused.value) and not (tmp_path / "sprung").exists()

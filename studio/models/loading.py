@@ -20,6 +20,7 @@ from typing import Any
 
 from studio.errors import RequestError, StudioError
 from studio.models.catalog import CATALOG, Entry
+from studio.models.foreign import read_json, refuse_foreign
 from studio.models.hub import Hub
 from studio.models.single_file import checkpoint_family, layout, load_checkpoint
 
@@ -68,8 +69,8 @@ def locate(name: str, models: Path | None = None, hub: Hub | None = None) -> Sou
     """Finds a model by catalogue name, folder, checkpoint file or hub id, downloading the last when it isn't
     cached (as `hub` allows).
 
-    RequestError when the name means nothing or the model is of no known family; StudioError when it can't
-    be had.
+    RequestError when the name means nothing, the model is of no known family or asks for more than lies in
+    its folder (models/foreign.py); StudioError when it can't be had.
     """
     if not isinstance(name, str) or not name.strip():
         raise RequestError(
@@ -114,8 +115,9 @@ def _checkpoint(file: Path) -> Path:
 
 def _source(name: str, folder: Path, entry: Entry | None, revision: str | None) -> Source:
     kind, family = identify(folder)
-    defaults = entry.defaults if entry else {}
-    return Source(name, folder, kind, family, revision, defaults)
+    source = Source(name, folder, kind, family, revision, entry.defaults if entry else {})
+    refuse_foreign(source.configuration)
+    return source
 
 
 def identify(folder: Path) -> tuple[str, str]:
@@ -128,7 +130,7 @@ def identify(folder: Path) -> tuple[str, str]:
     if (folder / "open_clip_config.json").exists():
         return "clip", "open_clip"
     if (config := folder / "config.json").exists():
-        content = _read_json(config)
+        content = read_json(config)
         if "architecture" in content:
             return "vision", "timm"
         if not (kind := content.get("model_type", "")):
@@ -143,25 +145,15 @@ def identify(folder: Path) -> tuple[str, str]:
 
 
 def _pipeline_family(folder: Path) -> str:
-    cls = _read_json(folder / "model_index.json").get("_class_name", "")
+    cls = read_json(folder / "model_index.json").get("_class_name", "")
     cls = cls if isinstance(cls, str) else "pipeline with code of its own"
     if cls not in PIPELINES:
         raise RequestError(
             f"{folder.name} is a {cls or 'pipeline without a class'}; Locus reads Stable Diffusion 1, 2 and "
             "XL pipelines, whose UNet has cross-attention."
         )
-    width = _read_json(folder / "unet" / "config.json").get("cross_attention_dim", 768)
+    width = read_json(folder / "unet" / "config.json").get("cross_attention_dim", 768)
     return "sdxl" if "XL" in cls else "sd2" if width == 1024 else "sd1"
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise RequestError(
-            f"{file} can't be read as JSON; the model's folder is broken, copy or download it again."
-        ) from error
-    return content if isinstance(content, dict) else {}
 
 
 # ---- weights files ----------------------------------------------------------------------------------------
@@ -178,38 +170,50 @@ def weight_files(folder: Path) -> dict[str, list[Path]]:
     return {part: component_files(folder / part) for part in parts}
 
 
+_INDEX = ".index.json"
+_NAMES = {  # of the file or index of weights by the library that reads the folder, in its own order
+    "open_clip": (
+        "open_clip_model.safetensors",
+        "open_clip_pytorch_model.safetensors",
+        "model.safetensors",
+        "pytorch_model.safetensors",
+    ),
+    "diffusers": (f"diffusion_pytorch_model.safetensors{_INDEX}", "diffusion_pytorch_model.safetensors"),
+    "transformers": ("model.safetensors", f"model.safetensors{_INDEX}", "pytorch_model.safetensors"),
+}
+_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
 def component_files(folder: Path) -> list[Path]:
-    """The safetensors files of one component: the shards of its index, or its one file."""
+    """The safetensors files of one component: those that its library will read, the shards of its index or
+    its one file."""
+    part = "diffusers" if folder.name in ("unet", "vae") else "transformers"
+    library = "open_clip" if (folder / "open_clip_config.json").exists() else part
+    for place in (folder / name for name in _NAMES[library]):
+        if place.is_file():
+            return _shards(place) if place.name.endswith(_INDEX) else [place]
     found = sorted(folder.glob("*.safetensors"))
-    main = [f for f in found if not re.search(r"\.(fp16|non_ema)[.-]", f.name)] or found
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        if ".fp16." not in index.name:
-            try:
-                return sorted(
-                    {folder / name for name in json.loads(index.read_text())["weight_map"].values()}
-                )
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise RequestError(f"{index} is broken; copy or download it again.") from error
-    if not main:
-        pickles = sorted(
-            [*folder.glob("*.bin"), *folder.glob("*.ckpt"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+    if main := [f for f in found if not re.search(r"\.(fp16|non_ema)[.-]", f.name)] or found:
+        return main
+    if pickles := sorted(f for f in folder.glob("*") if f.suffix in _PICKLES):
+        raise RequestError(
+            f"{pickles[0].name} in {folder} is a pickle, which can run foreign code, so Locus never opens "
+            "it; convert the model to safetensors."
         )
-        if pickles:
-            raise RequestError(
-                f"{pickles[0].name} in {folder} is a pickle, which can run foreign code, so Locus never "
-                f"opens it; "
-                "convert the model to safetensors."
-            )
-        raise RequestError(f"{folder} holds no .safetensors file; the model is not complete.")
-    return [f for f in main if f.name in _SINGLES][:1] or main
+    raise RequestError(f"{folder} holds no .safetensors file; the model is not complete.")
 
 
-_SINGLES = (
-    "diffusion_pytorch_model.safetensors",
-    "model.safetensors",
-    "open_clip_model.safetensors",
-    "pytorch_model.safetensors",
-)
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names: safetensors of its own folder, else RequestError."""
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+        if names and all(re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names):
+            return sorted(index.parent / name for name in names)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RequestError(f"{index} is broken; copy or download it again.") from error
+    raise RequestError(
+        f"{index} names files that are no safetensors of its folder; copy or download the model again."
+    )
 
 
 def tensors_of(file: Path) -> Iterator[tuple[str, str, list[int], int, int]]:
@@ -305,7 +309,8 @@ def load_diffusion(source: Source, device: str, dtype: Any) -> Any:
             for part in (pipe.unet, pipe.vae):
                 part.to(dtype)
         else:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(source.path, **_options(source, dtype))
+            cls = getattr(diffusers, read_json(source.path / "model_index.json")["_class_name"])
+            pipe = cls.from_pretrained(source.path, **_options(source, dtype))
         pipe.to(torch.device(device))
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
@@ -326,6 +331,8 @@ def _options(source: Source, dtype: Any) -> dict[str, Any]:
         "use_safetensors": True,
         "local_files_only": True,
         "low_cpu_mem_usage": True,
+        "trust_remote_code": False,
+        **dict.fromkeys(("feature_extractor", "image_encoder")),  # for pictures as prompts: not loaded
     }
     if source.family != "sdxl":
         options |= {"safety_checker": None, "requires_safety_checker": False}

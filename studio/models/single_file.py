@@ -8,9 +8,11 @@ Nothing is asked of the hub: CLIP's tokenizer is built from the merges that open
 from __future__ import annotations
 
 import gzip
+import shutil
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from studio.errors import RequestError
@@ -23,6 +25,7 @@ _MARKS = {
     "sd1": "cond_stage_model.transformer.",
 }
 _INPUT = f"{_PREFIX}input_blocks.0.0.weight"
+_PADDED_BY_ZERO = {("sd2", "tokenizer"), ("sdxl", "tokenizer_2")}  # whose padding is token 0, "!"
 _MERGES = 49152 - 256 - 2  # of CLIP; open_clip's file holds more
 
 
@@ -65,16 +68,28 @@ def load_checkpoint(file: Path, family: str, dtype: Any) -> Any:
     """The pipeline of a checkpoint through diffusers' own loader, without a request to any host."""
     import diffusers
 
-    folder = layout(file, family)
     cls = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
-    options: dict[str, Any] = {"config": str(folder), "local_files_only": True, "torch_dtype": dtype}
-    for name in ("tokenizer", "tokenizer_2") if family == "sdxl" else ("tokenizer",):
-        if not (folder / name).is_dir():
-            padding = "<|endoftext|>" if family == "sd1" or name == "tokenizer" and family == "sdxl" else "!"
-            options[name] = clip_tokenizer(padding)
-    if family != "sdxl":
-        options |= {"safety_checker": None}
-    return cls.from_single_file(str(file), **options)
+    with TemporaryDirectory(prefix="locus-layout-") as folder:
+        _copy_configuration(layout(file, family), Path(folder))
+        options: dict[str, Any] = {"config": folder, "local_files_only": True, "torch_dtype": dtype}
+        options |= dict.fromkeys(("feature_extractor", "image_encoder"))
+        for name in ("tokenizer", "tokenizer_2") if family == "sdxl" else ("tokenizer",):
+            if not (Path(folder) / name).is_dir():
+                padding = "!" if (family, name) in _PADDED_BY_ZERO else "<|endoftext|>"
+                options[name] = clip_tokenizer(padding)
+        if family != "sdxl":
+            options |= {"safety_checker": None}
+        return cls.from_single_file(str(file), **options)
+
+
+def _copy_configuration(source: Path, folder: Path) -> None:
+    """Copies a folder's configurations and tokenizers, nothing else: what the file lacks, diffusers would
+    take from weights beside them, pickles among them."""
+    for file in sorted(source.glob("*")) + sorted(source.glob("*/*")):
+        if file.is_file() and file.suffix in (".json", ".txt") and not file.name.endswith(".index.json"):
+            place = folder / file.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)
 
 
 def clip_tokenizer(padding: str) -> Any:

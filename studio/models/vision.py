@@ -12,7 +12,7 @@ from PIL import Image
 
 from studio.errors import StudioError
 from studio.models.base import OneNetwork
-from studio.models.loading import Source, loaded_bytes
+from studio.models.loading import Source, component_files, loaded_bytes
 
 
 class ClipModel(OneNetwork):
@@ -98,32 +98,52 @@ def _tensor(out: Any) -> torch.Tensor:
 
 
 def _open_clip(source: Source) -> tuple:
+    """The network with the weights that the fingerprint covers: left to itself, open_clip looks for weights
+    by names of its own, pickles among them."""
     import logging
 
     import open_clip
 
-    logging.getLogger().setLevel(max(logging.getLogger().level, logging.WARNING))
+    files = component_files(source.path)
+    if len(files) > 1:
+        raise ValueError(f"{files[0].name} and {files[1].name} both hold weights")
+    root = logging.getLogger()
+    root.setLevel(max(root.level, logging.WARNING))
     where = f"local-dir:{source.path}"
-    net, _, pixels = open_clip.create_model_and_transforms(where, weights_only=True)
-    return net, pixels, open_clip.get_tokenizer(where)
+    root.addFilter(_is_news)
+    try:
+        net, _, pixels = open_clip.create_model_and_transforms(
+            where, load_weights=False, pretrained_text=False
+        )
+    finally:
+        root.removeFilter(_is_news)
+    open_clip.load_checkpoint(net, str(files[0]), strict=True)
+    text = open_clip.get_model_config(where)["text_cfg"]
+    options = {"local_files_only": True, "trust_remote_code": False} if text.get("hf_tokenizer_name") else {}
+    return net, pixels, open_clip.get_tokenizer(where, **options)
+
+
+def _is_news(record: Any) -> bool:
+    """A log record that is not open_clip's warning of a network that has no weights yet."""
+    return not str(record.msg).startswith("No pretrained weights loaded")
 
 
 def _transformers(source: Source) -> tuple:
-    from transformers import AutoModel, AutoProcessor
+    from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
+    local = {"local_files_only": True, "trust_remote_code": False}
     net, info = AutoModel.from_pretrained(
-        source.path, use_safetensors=True, local_files_only=True, output_loading_info=True
+        source.path, use_safetensors=True, output_loading_info=True, **local
     )
     if lacking := sorted(info["missing_keys"]):  # transformers fills them with random numbers
         raise ValueError(f"the weights lack {lacking[0]}")
-    processor = AutoProcessor.from_pretrained(source.path, local_files_only=True)
+    processor = AutoImageProcessor.from_pretrained(source.path, **local)
+    tokenizer = AutoTokenizer.from_pretrained(source.path, **local)
 
     def pixels(image: Image.Image) -> torch.Tensor:
-        return processor.image_processor(images=image, return_tensors="pt").pixel_values[0]
+        return processor(images=image, return_tensors="pt").pixel_values[0]
 
     def ids(texts: list[str]) -> torch.Tensor:
-        return processor.tokenizer(
-            texts, padding="max_length", truncation=True, return_tensors="pt"
-        ).input_ids
+        return tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
 
     return net, pixels, ids

@@ -148,7 +148,8 @@ def _transformers(source: Source) -> tuple[nn.Module, Pixels]:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(source.path, local_files_only=True)
+    local = {"local_files_only": True, "trust_remote_code": False}
+    config = transformers.AutoConfig.from_pretrained(source.path, **local)
     asked = (config.architectures or [""])[0]
     loader = getattr(transformers, asked) if asked in _TOWERS else transformers.AutoModel
     options = {"add_pooling_layer": False} if config.model_type in ("vit", "deit") else {}
@@ -156,14 +157,14 @@ def _transformers(source: Source) -> tuple[nn.Module, Pixels]:
     transformers.utils.logging.set_verbosity_error()  # its report of heads that nobody needs
     try:
         net, info = loader.from_pretrained(
-            source.path, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+            source.path, use_safetensors=True, output_loading_info=True, **local, **options
         )
     finally:
         transformers.utils.logging.set_verbosity(said)
     if lacking := sorted(info["missing_keys"]):  # transformers fills them with random numbers
         raise ValueError(f"the weights lack {lacking[0]}")
     _watchable(net)
-    processor = transformers.AutoImageProcessor.from_pretrained(source.path, local_files_only=True)
+    processor = transformers.AutoImageProcessor.from_pretrained(source.path, **local)
 
     def pixels(image: Image.Image) -> torch.Tensor:
         return processor(images=image, return_tensors="pt").pixel_values[0]
