@@ -23,6 +23,7 @@ from studio.types import Edit
 
 STRONGEST = 100.0
 _SHELF_BYTES = 2 * 10**9
+_STAMPS = 1024  # states of files whose hash is known
 
 
 def read_edit(path: str | Path) -> Edit:
@@ -125,29 +126,39 @@ def split_entry(entry: str) -> tuple[str, float]:
 
 
 class Shelf:
-    """Edits by the entries of recipes, read once as long as their files stay the same."""
+    """Edits by the entries of recipes, read once as long as their files hold the same bytes."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._kept: OrderedDict[tuple, tuple[Edit, str]] = OrderedDict()
+        self._seen: OrderedDict[tuple, str] = OrderedDict()  # hashes by path and time of the file
+        self._kept: OrderedDict[str, Edit] = OrderedDict()  # by hash, the last used last
 
     def open(self, entry: str) -> Active:
         """The edit of `PATH` or `PATH@STRENGTH`, with the SHA-256 of the file's bytes as its digest."""
         path, strength = split_entry(entry)
         stamp = _stamp(path)
         with self._lock:
-            found = self._kept.get(stamp) if stamp else None
-        if found is None:
+            digest = self._seen.get(stamp) if stamp else None
+        if digest is None and os.path.isfile(os.path.expanduser(path)):
+            digest = edit_hash(path)  # a kept file has a new time whenever it is used
+        with self._lock:
+            edit = self._kept.get(digest) if digest else None
+        if edit is None:
             edit = read_edit(path)
-            found = (edit, edit_hash(path))
-            self._keep(stamp, found)
-        return Active(found[0], strength, found[1])
+            digest = edit_hash(path)
+        self._keep(stamp, digest, edit)
+        return Active(edit, strength, digest)
 
-    def _keep(self, stamp: tuple | None, found: tuple[Edit, str]) -> None:
+    def _keep(self, stamp: tuple | None, digest: str, edit: Edit) -> None:
         with self._lock:
             if stamp:
-                self._kept[stamp] = found
-            while len(self._kept) > 1 and sum(_size(e) for e, _ in self._kept.values()) > _SHELF_BYTES:
+                self._seen[stamp] = digest
+                self._seen.move_to_end(stamp)
+            while len(self._seen) > _STAMPS:
+                self._seen.popitem(last=False)
+            self._kept[digest] = edit
+            self._kept.move_to_end(digest)
+            while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > _SHELF_BYTES:
                 self._kept.popitem(last=False)
 
 

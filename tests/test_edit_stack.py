@@ -4,6 +4,7 @@ added, and the base weights come back whatever happens."""
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,10 @@ def test_the_shelf(model: Any, tmp_path: Path) -> None:
     first, second = shelf.open(str(file)), shelf.open(f"{file}@0.5")
     assert first.edit is second.edit and (first.strength, second.strength) == (1.0, 0.5)
     assert mark(first) == first.digest and mark(second) == f"{first.digest}@0.5" and len(first.digest) == 64
+    os.utime(file, (1, 1))
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(file.read_bytes())
+    assert shelf.open(str(file)).edit is first.edit and shelf.open(str(copy)).edit is first.edit
     write_edit(replace(one, concepts=("moon",)), file)
     assert shelf.open(str(file)).edit.concepts == ("moon",) and shelf.open(str(file)).digest != first.digest
     file.unlink()
