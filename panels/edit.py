@@ -46,6 +46,7 @@ def build(session: Session) -> None:
     audit = Audit(session, asked, found, panel.stack, form["model"], panel.pictures)
     panel.wire(audit)
     audit.wire_run()
+    audit.wire_passport()
     edit_lines.EditLines(panel, lines, "edit", ()).wire()  # a text is no edit
     prompt_file.PromptFile(audit, asked["lines"], "audit", ("neighbours",)).wire()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import gradio as gr
@@ -19,6 +20,7 @@ from studio.types import Recipe, Result, Run
 _FIRST = ("replacement", "neighbours")
 _LEFT_OUT = ("scorer", "target", "against", "scheduler")
 MOST_SHOWN = 24
+PASSPORT = "Passport of this concept: does an edit work where Localize finds it?"
 ASK = (
     "Choose a file. .txt: one neighbour a line. .jsonl or .csv with the columns concept, neighbours, "
     "strengths …: an audit of the stack a line." + prompt_file.OF_FIELDS
@@ -43,6 +45,7 @@ def form() -> dict[str, Any]:
         found["seeds"] = widgets.seeds("audit", "0,1")
         found["strengths"] = widgets.widget("audit", "strengths", *known["strengths"])
     found |= widgets.run_buttons("audit", "Audit the stack")
+    found["passport"] = gr.Button(PASSPORT, size="sm", elem_id="audit-passport")
     with gr.Accordion("More options", open=False):
         for name, knob in known.items():
             if name not in found and name not in _LEFT_OUT:
@@ -54,6 +57,7 @@ def form() -> dict[str, Any]:
 def outputs() -> dict[str, Any]:
     """The audit's outputs by name."""
     out: dict[str, Any] = {"status": widgets.status_line("audit")}
+    out["handoff"] = gr.Textbox("", visible=False, elem_id="audit-handoff")
     out["text"] = widgets.line("", "audit-verdict", lines=2)
     out["figure"] = widgets.figure_image("audit")
     out["grid"] = gr.Gallery(
@@ -80,8 +84,36 @@ class Audit(Running):
     ) -> None:
         super().__init__("audit", session, form, out)
         self.named |= {stack: "stack", model: "model"}
-        self.pictures, self.stack = pictures, stack
+        self.pictures, self.stack, self.model = pictures, stack, model
         self.offered = gr.State(())  # the concepts to choose from
+
+    def wire_passport(self) -> None:
+        """The button that opens the passport of the concept in the Localize panel."""
+        tabs = getattr(gr.context.Context.block, "parent", None)
+        tabs = tabs if isinstance(tabs, gr.Tabs) else gr.State(None)
+        asked = [self.stack, self.model, self.form["concept"], self.form["replacement"]]
+        handoff = self.out["handoff"]
+        opened = [handoff, tabs, self.out["status"]]
+        event = self.form["passport"].click(self.passport, asked, opened, **QUIET)
+        event.then(None, handoff, None, js=reopening.open_script())
+
+    def passport(self, stack: Any, model: str, concept: str | None, replacement: str | None) -> list[Any]:
+        """What opens the passport's form, filled in with the concept and what the edit puts in its place."""
+        try:
+            if not isinstance(stack, Stack) or not stack.active():
+                raise RequestError("There is no edit in the stack that is on; make one first.")
+            concept = (concept or "").strip() or next(reversed(self.concepts(stack)), "")
+            if not concept:
+                raise RequestError("No edit of the stack says of which concept it is; type the concept.")
+            edits = [self.session.shelf.open(e).edit for e in self.pictures.entries(stack)]
+            became = {c: r for e in edits for c, r in zip(e.concepts, e.replacements, strict=False)}
+            other = (replacement or "").strip() or became.get(concept, "")
+            inputs = {"concept": concept, "replacement": other}
+            recipe = Recipe("passport", model or "", inputs, {}, (0, 1))
+        except StudioError as error:
+            return ["", gr.skip(), widgets.spoken(error)]
+        handed = reopening.told(("localize",), recipe=json.dumps(recipe.as_dict()))
+        return [handed, gr.Tabs(selected="localize"), "Its inputs are filled in, in the Localize tab."]
 
     def follow(self, event: Any) -> None:
         """After an event that changed the stack: its concepts."""

@@ -14,10 +14,12 @@ from panels.edit_stack import Entry, Stack
 from panels.edit_view import Pictures
 from panels.localize_view import (
     ASK,
+    BEGUN,
     COMPARED,
     EDIT_HERE,
     PASSPORT,
     bar_name,
+    carried,
     figure_of,
     headline,
     images_of,
@@ -64,7 +66,6 @@ _MAIN = {
     "neutral": "circle",
     "base": "",
 }
-_REPLACED = {"localize": _MAIN["replacement"], "passport": "circle"}  # a whole prompt; what a concept becomes
 _SHOWN = ("window", "granularity", "objective", "top")
 _SAMPLING = ("steps", "guidance", "metric", "target", "against")
 
@@ -171,15 +172,16 @@ class _Panel(Running):
         self.pictures = Pictures(self.session)
         knobs = widgets.knobs([find_method(m) for m in METHODS])
         self.switched = [n for n in self.form if n in knobs]
+        self.before = gr.State(BEGUN)
         self.own_images = localize_images.OwnImages(self.session, self.form, self.out)
 
     def wire(self) -> None:
         """Connects everything."""
         form, out = self.form, self.out
         self.wire_run(form["prompt"].submit, form["replacement"].submit, form["concept"].submit)
-        asked = [form["method"], *self.also_restored()]
         self.own_images.wire()
-        form["method"].input(self.switch, asked[0], asked[1:], **QUIET)
+        asked = [form["method"], self.before, *(form[n] for n in ("prompt", "concept", "replacement"))]
+        form["method"].input(self.switch, asked, self.also_restored(), **QUIET)
         picked = [self.state, out["seed"], out["ratio"]]
         often, latest = (dict(trigger_mode=m, **STREAM) for m in ("multiple", "always_last"))
         shown = dict(fn=widgets.guarded(self.again_detail), inputs=[*picked, self.cell], outputs=self.fields)
@@ -192,28 +194,37 @@ class _Panel(Running):
         ready = out["edit"].click(widgets.guarded(self.edit_here), told, out["handoff"], **STREAM)
         ready.success(None, out["handoff"], None, js=(ASSETS / "js" / "handoff.js").read_text())
 
-    def switch(self, name: str) -> list[Any]:
-        """Another method was chosen: its own knobs show; those that mean another thing begin anew."""
+    def switch(self, name: str, before: Any, *typed: str) -> list[Any]:
+        """Another method was chosen: its own knobs show; those that mean another thing (see `carried`) are
+        filled anew from prompt, concept and replacement as `typed`."""
         mine = widgets.knobs([find_method(name)])
-        anew = {"replacement": _REPLACED.get(name, "")}
+        anew, before = carried(before, name, *typed) if typed else ({}, (name, name))
         if "templates" in mine:
             anew["templates"] = "\n".join(mine["templates"][0].default or ())
         fields = [
             gr.update(visible=knob in mine, **({"value": anew[knob]} if knob in anew else {}))
             for knob in self.switched
         ]
-        return [*fields, *(gr.update(visible=m == name) for m in (*METHODS, "attribute")), gr.skip()]
+        shown = (gr.update(visible=m == name) for m in (*METHODS, "attribute"))
+        return [*fields, *shown, gr.skip(), before]
 
     def also_restored(self) -> list[Any]:
-        """What another method shows or hides."""
+        """What another method shows or hides, and what was chosen before."""
         also = (*(f"examples-{m}" for m in METHODS), "own_images", "image_set")
-        return [self.form[n] for n in (*self.switched, *also)]
+        return [*(self.form[n] for n in (*self.switched, *also)), self.before]
+
+    def also_asked(self) -> list[Any]:
+        """What was chosen before."""
+        return [self.before]
 
     def restored(self, recipe: Recipe, run: Run | None, *here: Any) -> dict[Any, Any]:
         """The inputs of a kept run, and which of them show."""
-        shown = dict(zip(self.also_restored(), self.switch(recipe.method), strict=True))
+        shown = dict(zip(self.also_restored(), self.switch(recipe.method, None), strict=True))
         back = super().restored(recipe, run) | self.own_images.restored(recipe)
-        return {c: {**shown.get(c, {}), **back.get(c, {})} for c in {**shown, **back}}
+        found = {
+            c: {**shown.get(c, {}), **back.get(c, {})} for c in {**shown, **back} if c is not self.before
+        }
+        return {**found, self.before: carried(*here, recipe.method, "", "", "")[1] if here else BEGUN}
 
     def recipe(self, given: dict[str, Any]) -> Recipe:
         """The recipe that the inputs describe."""

@@ -22,6 +22,7 @@ EDIT_HERE = {  # what the button below a chosen bar hands over
     "attribute": "Edit here: zero these weights",
     "neurons": "Edit here: silence the largest units",
 }
+BEGUN = ("localize", "localize")  # see `carried`
 COMPARED = {
     "localize": ("clean", "altered"),
     "attribute": ("clean", "ablated"),
@@ -138,3 +139,28 @@ def difference(prompt: str, replacement: str) -> tuple[str, str]:
     while end < min(len(a), len(b)) - start and a[-1 - end] == b[-1 - end]:
         end += 1
     return " ".join(a[start : len(a) - end]) or prompt, " ".join(b[start : len(b) - end])
+
+
+def carried(
+    before: Any, name: str, prompt: str, concept: str, replacement: str
+) -> tuple[dict[str, str], tuple[str, str]]:
+    """(what fields become when method `name` is chosen, what is `before` from then on).
+
+    before: (the method whose replacement stands in its field, the method chosen last). To `localize` that is
+    a whole prompt, to `passport` what the concept becomes; the other methods leave it there.
+    """
+    owner, last = before if isinstance(before, (list, tuple)) and len(before) == 2 else BEGUN
+    if name not in ("localize", "passport"):
+        return {}, (owner, name)
+    if name == owner:
+        return {}, (name, name)
+    if name == "localize":
+        fits = bool(concept) and concept in prompt
+        return {"replacement": " ".join(prompt.replace(concept, replacement).split()) if fits else ""}, (
+            name,
+            name,
+        )
+    found, other = difference(prompt, replacement)
+    if last == "localize" and found:
+        return {"concept": found, "replacement": other}, (name, name)
+    return {"replacement": other if concept == found else ""}, (name, name)

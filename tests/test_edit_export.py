@@ -13,12 +13,16 @@ from safetensors.numpy import load_file
 
 from studio import cli
 from studio.edit_export import export_edits, lora_tensors, low_rank
+from studio.edit_files import read_edit
 from studio.edits import Active, compose, overlay
 from studio.errors import RequestError
+from studio.methods.component_ablation import mask_edit
+from studio.methods.neurons import neuron_edit
 from studio.models.sampling import Plan, new_scheduler
 from studio.store import write_edit
 from studio.types import Edit
 from tests import layouts
+from tests.test_component_attribution import attributed
 from tests.test_edit_stack import made
 from tests.test_edits import BIAS, KEY, delta, weights_hash
 
@@ -81,6 +85,33 @@ def test_an_edit_with_biases_leaves_whole(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match=r"take the whole model \(--full\)"):
             lora_tensors({name: compose(model, active)[name]})
     export_edits(model, active, lora=None, full=tmp_path / "full")
+    wanted = own_image(model, active)
+    assert np.abs(wanted - own_image(model, [])).max() > 8
+    assert np.abs(plain_image(model, tmp_path / "full") - wanted).max() <= 1
+
+
+def neurons(model: Any) -> Edit:
+    """Units of keys and values that tell a star from a circle, silenced."""
+    layers = [str(s.layer) for s in model.unet_sites(["cross-attention"])]
+    return neuron_edit(model, "star", "circle", layers, 80)
+
+
+def ablation(model: Any) -> Edit:
+    """The weights that component attribution finds to carry the prompt, zeroed."""
+    return mask_edit(model, attributed(model).alphas(), 0.1, "matrix", "erase", concept=PROMPT)
+
+
+@pytest.mark.parametrize("edit_of", [neurons, ablation])
+def test_edits_of_neurons_and_weights_draw_the_same_image_elsewhere(edit_of: Any, tmp_path: Path) -> None:
+    model = layouts.model("sd1")
+    write_edit(edit_of(model), tmp_path / "e.safetensors")
+    active = [Active(read_edit(tmp_path / "e.safetensors"))]
+    assert active[0].edit.method == {neurons: "neurons", ablation: "cad"}[edit_of]
+    before = weights_hash(model)
+    with pytest.raises(RequestError, match=r"take the whole model \(--full\)"):
+        export_edits(model, active, lora=tmp_path / "l.safetensors", full=None)
+    export_edits(model, active, lora=None, full=tmp_path / "full")
+    assert weights_hash(model) == before and not (tmp_path / "l.safetensors").exists()
     wanted = own_image(model, active)
     assert np.abs(wanted - own_image(model, [])).max() > 8
     assert np.abs(plain_image(model, tmp_path / "full") - wanted).max() <= 1

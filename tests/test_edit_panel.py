@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +11,12 @@ import numpy as np
 import pytest
 
 from panels import bars, edit_form, widgets
+from panels.edit import _Panel as EditPanel
 from panels.edit_audit import Audit
 from panels.edit_stack import Entry, Stack
 from panels.edit_view import Pictures
 from panels.localize import _Panel as Localize
-from panels.localize_view import UNITS, sentence
+from panels.localize_view import BEGUN, UNITS, carried, sentence
 from panels.running import Running
 from studio.errors import RequestError
 from studio.figures import number
@@ -103,6 +105,78 @@ def test_an_audits_recipe_names_the_concept(audit: Any, given: Any, asked: str) 
 def test_nothing_to_audit(audit: Any) -> None:
     with pytest.raises(RequestError, match="no edit in the stack is on"):
         audit[0].recipe({"stack": Stack(), "model": "atlas-sd", "seeds": "0"})
+
+
+def test_the_passport_of_the_stacks_concept(audit: Any) -> None:
+    handlers, entry = audit
+
+    def opened(*given: Any) -> dict[str, Any]:
+        handed, tab, said = handlers.passport(*given)
+        assert tab.selected == "localize" and "Localize tab" in said
+        recipe = json.loads(json.loads(handed)["panels"]["localize"]["recipe"])
+        assert (recipe["method"], recipe["model"]) == ("passport", "atlas-sd")
+        return recipe["inputs"]
+
+    stack = Stack().add(entry("star", "red"))
+    assert opened(stack, "atlas-sd", "red", "") == {"concept": "red", "replacement": "x"}
+    assert opened(stack, "atlas-sd", None, None) == {"concept": "star", "replacement": "x"}
+    assert opened(stack, "atlas-sd", "a sun", "moon ") == {"concept": "a sun", "replacement": "moon"}
+    for wrong, reason in (
+        (Stack(), "no edit in the stack that is on"),
+        (Stack().add(entry()), "type the concept"),
+    ):
+        handed, _, said = handlers.passport(wrong, "atlas-sd", "", "")
+        assert handed == "" and reason in said
+
+
+def test_methods_of_localize_take_over_what_was_typed() -> None:
+    prompt, other = "a red star on white", "a red moon on white"
+    told, before = carried(BEGUN, "passport", prompt, "heart", other)
+    assert (told, before) == ({"concept": "star", "replacement": "moon"}, ("passport", "passport"))
+    back, before = carried(before, "localize", prompt, "star", "moon")
+    assert (back, before) == ({"replacement": other}, BEGUN)
+    nothing, before = carried(before, "attribute", prompt, "star", other)
+    assert nothing == {} and before == ("localize", "attribute")
+    told, _ = carried(before, "passport", prompt, "star", other)
+    assert told == {"replacement": "moon"}  # the concept is the one that weights were looked for
+    assert carried(before, "passport", prompt, "heart", other)[0] == {"replacement": ""}
+    assert carried(("passport", "passport"), "localize", prompt, "heart", "moon")[0] == {"replacement": ""}
+    assert carried(BEGUN, "localize", prompt, "star", other) == ({}, BEGUN)
+    assert carried(None, "passport", "a blue house in ink", "", "a blue house")[0] == {
+        "concept": "in ink",
+        "replacement": "",
+    }
+
+
+STACK = Stack(tuple(Entry(n, n) for n in "abc"), 0)
+
+
+@pytest.mark.parametrize(
+    ("i", "by", "order", "picked"),
+    [(0, 1, "bac", 1), (2, -1, "acb", 1), (1, -1, "bac", 0), (0, -1, "abc", 0), (2, 1, "abc", 0)],
+)
+def test_edits_are_moved(i: int, by: int, order: str, picked: int) -> None:
+    moved = STACK.move(i, by)
+    assert ("".join(e.edit for e in moved.entries), moved.picked) == (order, picked)
+    assert moved.undo().entries == STACK.entries and bool(moved.past) == (order != "abc")
+    assert moved.undo().redo().entries == moved.entries
+
+
+@pytest.mark.parametrize("i", [-1, 3])
+def test_an_edit_that_is_not_there_is_not_moved(i: int) -> None:
+    with pytest.raises(RequestError, match="no longer in the stack"):
+        STACK.move(i, 1)
+
+
+def test_up_and_down_in_the_list_move_an_edit() -> None:
+    panel = EditPanel.__new__(EditPanel)
+    panel.out, shown = {"status": "status"}, []
+    panel.show = lambda stack, looks, note="": shown.append(stack) or {}
+    for act, row, order in (("up", 2, "acb"), ("down", 0, "bac")):
+        panel.act(SimpleNamespace(act=act, row=row), STACK)
+        assert "".join(e.edit for e in shown[-1].entries) == order
+    said = panel.act(SimpleNamespace(act="sideways", row=0), STACK)
+    assert said["status"] == "That is no edit of the stack." and len(shown) == 2
 
 
 @pytest.mark.parametrize(("payload", "value"), [(5, 5.0), (-1.5, -1.5), (None, None), ("much", None)])
