@@ -88,7 +88,7 @@ class _Panel(Running):
             widgets.guarded(self.pick_image), [self.state, form["images"]], [out["shown"], out["by"]], **often
         )
         mean = form["mean"].click(lambda: "", None, out["shown"], **often)
-        chosen = [self.state, out["chosen"], out["text"], out["shown"], out["by"], out["csv"]]
+        chosen = [self.state, *(out[n] for n in ("chosen", "text", "shown", "by", "csv", "second"))]
         told = [out[n] for n in ("change", "before", "groups", "order-said", "order")]
         for event in (picked, mean):
             event.then(widgets.guarded(self.show), place, seen, **often)
@@ -98,7 +98,13 @@ class _Panel(Running):
         for listen in (*also, *(event.then for event in (started, picked, mean, *recoloured))):
             listen(self.side.beside, second, self.side.shown["model"], **STREAM)
         self._wire_clicks(place, seen)
-        again = [out["chosen"].change, out["by"].input, out["csv"].upload, out["csv"].clear]
+        again = [
+            out["chosen"].change,
+            out["by"].input,
+            out["csv"].upload,
+            out["csv"].clear,
+            out["second"].change,
+        ]
         gr.on([*again, out["text"].input], self.recount, chosen, told, trigger_mode="always_last", **QUIET)
         for event in (started, self.reopened):
             event.then(self.recount, chosen, told, **QUIET)
@@ -293,9 +299,16 @@ class _Panel(Running):
         return [component, figure.data["cols"][col], [*dict.fromkeys([*(chosen or []), component])]]
 
     def recount(
-        self, kept: dict | None, chosen: list | None, text: str, image: str, by: str, groups: str | None
+        self,
+        kept: dict | None,
+        chosen: list | None,
+        text: str,
+        image: str,
+        by: str,
+        groups: str | None,
+        second: dict | None = None,
     ) -> dict[Any, Any]:
-        """Answers without the chosen components, and the images in their order."""
+        """Answers without the chosen components, the second model's too, and the images in their order."""
         out = self.out
         gone = gr.update(visible=False)
         update = {out[n]: gone for n in ("before", "groups", "order")}
@@ -308,7 +321,8 @@ class _Panel(Running):
                 return update | {out["before"]: table, out["change"]: said, out["order-said"]: ""}
             if recipe.method == decompose_find.METHOD:
                 return update | {out["change"]: ""} | self.find.ordered(recipe, result)
-            update |= self.changed(result, list(chosen or []), groups)
+            models = {recipe.model: result} | self.side.second(second, recipe, result)
+            update |= self.changed(models, list(chosen or []), groups)
             update |= self.ordered(recipe, result, list(chosen or []), text, image, by)
         except Exception as error:
             said = widgets.spoken(error)
@@ -319,24 +333,15 @@ class _Panel(Running):
             )
         return update
 
-    def changed(self, result: Result, chosen: list[str], groups: str | None) -> dict[Any, Any]:
-        """Answers before and after, by image and by group."""
-        out = self.out
-        before, after = decompose_without.without(result, chosen)
-        said = decompose_without.told(chosen, before, after)
-        rows = decompose_without.answer_rows(result, before, after)
-        update: dict[Any, Any] = {
-            out["before"]: gr.update(value={"headers": decompose_without.COLUMNS, "data": rows}, visible=True)
-        }
-        if groups:
-            try:
-                known = decompose_without.read_groups(Path(groups))
-                lines, about = decompose_without.group_rows(result, known, before, after)
-                update[out["groups"]] = gr.update(value=lines, visible=True)
-            except RequestError as error:
-                about = str(error)
-            said = f"{said} {about}"
-        return update | {out["change"]: said}
+    def changed(self, models: dict[str, Result], chosen: list[str], groups: str | None) -> dict[Any, Any]:
+        """Answers before and after, by image and by group; with a model beside it both."""
+        found = decompose_without.compared(models, chosen, Path(groups) if groups else None)
+        update: dict[Any, Any] = {self.out["change"]: found.said}
+        for name, table in (("before", found.answers), ("groups", found.groups)):
+            if table:
+                value = {"headers": table[0], "data": table[1]}
+                update[self.out[name]] = gr.update(value=value, visible=True)
+        return update
 
     def ordered(
         self, recipe: Recipe, result: Result, chosen: list[str], text: str, image: str, by: str

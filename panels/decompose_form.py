@@ -9,7 +9,7 @@ import gradio as gr
 from panels import bars, colour_scale, decompose_find, heatmap, prompt_file, widgets
 from panels.decompose_images import EXAMPLES, TOLD, TRIES, Pasted
 from panels.decompose_view import ASK
-from panels.decompose_without import COLUMNS
+from panels.decompose_without import COLUMNS, GROUP_COLUMNS
 from studio.models.catalog import ASSETS, CATALOG
 from studio.registry import find_method, load_methods
 
@@ -142,6 +142,8 @@ def outputs() -> dict[str, Any]:
             out["answers"] = bars.Bars("", elem_id="decompose-answers", visible=False)
             out["beside-said"] = widgets.line("", "decompose-beside-said", visible=False)
             out["beside"] = heatmap.HeatMap("", elem_id="decompose-beside", visible=False)
+            out["beside-answers"] = bars.Bars("", elem_id="decompose-beside-answers", visible=False)
+            out["second"] = gr.State(None)
             out["drawn"] = widgets.figure_image("decompose", "drawn")
         with gr.Tab("Texts side by side", id="texts"), gr.Column(min_width=320):
             out["texts"] = heatmap.HeatMap("Give two texts or more and press Run.", elem_id="decompose-sides")
@@ -227,8 +229,7 @@ def _without() -> dict[str, Any]:
         height=130,
         elem_id="decompose-csv",
     )
-    heads = ["group", "images", "accuracy", "accuracy without them"]
-    out["groups"] = gr.Dataframe(headers=heads, elem_id="decompose-groups", **look)
+    out["groups"] = gr.Dataframe(headers=GROUP_COLUMNS, elem_id="decompose-groups", **look)
     return out
 
 

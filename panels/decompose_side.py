@@ -12,9 +12,9 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from panels import decompose_form, decompose_view, heatmap, widgets
+from panels import bars, decompose_form, decompose_view, heatmap, widgets
 from panels import decompose_images as pictured
-from studio.errors import Cancelled, RequestError
+from studio.errors import Cancelled, RequestError, StudioError
 from studio.jobs import Job
 from studio.methods.vit_decomposition import HEAD
 from studio.methods.word_maps import overlay
@@ -46,7 +46,8 @@ class Side:
         self.viewers = {"map": widgets.Viewers(), "model": widgets.Viewers()}
         self.shown = {
             "map": [out[n] for n in ("where", "spread", "status")] + [form["stop"]],
-            "model": [out[n] for n in ("beside", "beside-said", "status")] + [form["stop"]],
+            "model": [out[n] for n in ("beside", "beside-said", "beside-answers", "second", "status")]
+            + [form["stop"]],
         }
 
     def wire(self) -> None:
@@ -102,11 +103,13 @@ class Side:
         image: str,
         scale: str | None = None,
     ) -> Iterator[Updates]:
-        """The same run of another model, whose map stands below; once it was made it comes from the store."""
-        figure, line = self.out["beside"], self.out["beside-said"]
+        """The same run of another model, whose map and answers stand below and whose run is kept for the
+        tables; once it was made it comes from the store."""
+        figure, line, cosines = (self.out[n] for n in ("beside", "beside-said", "beside-answers"))
         hidden = gr.update(visible=False)
+        none = {figure: hidden, cosines: hidden, self.out["second"]: None}
         if not name or not kept:
-            yield {figure: hidden, line: hidden}
+            yield none | {line: hidden}
             return
         try:
             recipe, _ = self.measured(kept)
@@ -120,11 +123,24 @@ class Side:
             map_ = heatmap.as_value(decompose_view.layer_map(run.result, text or None, image), True)
         except Exception as error:
             said = gr.update(value=f"{name}: {widgets.spoken(error)}", visible=True)
-            yield {figure: hidden, line: said, **self._ended(error)}
+            yield {**none, line: said, **self._ended(error)}
             return
         said = gr.update(value=f"{name}, for the same images and texts:", visible=True)
         seen = self.put({figure: gr.update(value=map_, visible=True)}, scale)
-        yield {**seen, line: said, **self._ended()}
+        each = decompose_view.answers(run.result, image)
+        seen[cosines] = gr.update(value=bars.as_value(each, True), visible=True) if each else hidden
+        yield {**seen, line: said, self.out["second"]: {"run": run.id}, **self._ended()}
+
+    def second(self, kept: dict | None, recipe: Recipe, result: Result) -> dict[str, Result]:
+        """{model: result} of the model beside it, when its run is for the images and texts on screen."""
+        if not kept or not {"scores", "contributions"} <= set(result.arrays):
+            return {}
+        try:
+            other, found = self.measured(kept)
+        except StudioError:
+            return {}
+        same = other.model != recipe.model and "scores" in found.arrays and other.inputs == recipe.inputs
+        return {other.model: found} if same else {}
 
     # ---- a head's map over the image ----------------------------------------------------------------------
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 
@@ -18,6 +19,8 @@ from studio.types import Result
 
 NEEDED = ("file", "label", "group")
 COLUMNS = ["image", "answer", "cosine", "without them", "cosine then", ""]
+GROUP_COLUMNS = ["group", "images", "accuracy", "accuracy without them"]
+MOST_ROWS = 500  # of answers
 
 
 def chosen_places(result: Result, chosen: Sequence[str]) -> list[int]:
@@ -48,7 +51,7 @@ def without(result: Result, chosen: Sequence[str]) -> tuple[np.ndarray, np.ndarr
     return before, dots / np.maximum(np.linalg.norm(z_after, axis=1), 1e-30)[:, None]
 
 
-def answer_rows(result: Result, before: np.ndarray, after: np.ndarray, most: int = 500) -> list[list[str]]:
+def answer_rows(result: Result, before: np.ndarray, after: np.ndarray) -> list[list[str]]:
     """A row an image as in COLUMNS; the changed ones first."""
     images, texts = (result.arrays["scores"].axis(n).labels for n in ("image", "text"))
     rows = []
@@ -56,7 +59,7 @@ def answer_rows(result: Result, before: np.ndarray, after: np.ndarray, most: int
         a, b = int(before[i].argmax()), int(after[i].argmax())
         changed = "changed" if a != b else ""
         rows.append([image, texts[a], f"{before[i, a]:.3f}", texts[b], f"{after[i, b]:.3f}", changed])
-    return sorted(rows, key=lambda row: row[-1] == "")[:most]
+    return sorted(rows, key=lambda row: row[-1] == "")
 
 
 def told(chosen: Sequence[str], before: np.ndarray, after: np.ndarray) -> str:
@@ -68,6 +71,59 @@ def told(chosen: Sequence[str], before: np.ndarray, after: np.ndarray) -> str:
     )
     said += " (direct effect; means over this run's images)."
     return said + (" Of one image the mean is the image itself: take several." if n == 1 else "")
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Tables (columns, rows) of what some models' answers and groups are without components; `groups` is None
+    without a CSV, or with one that does not fit, as `said` tells."""
+
+    answers: tuple[list[str], list[list[str]]]
+    groups: tuple[list[str], list[list[str]]] | None
+    said: str
+
+
+def compared(models: Mapping[str, Result], chosen: Sequence[str], file: Path | None) -> Compared:
+    """The same components taken from each model that has them, the first of which must have all; a row a
+    model and image, and a row a model and group of the CSV."""
+    several, said, taken = len(models) > 1, [], {}
+    for name, result in models.items():
+        known = result.arrays["contributions"].axis("component").labels if taken else chosen
+        own = [c for c in chosen if c in known]
+        if chosen and not own:
+            said.append(f"{name} has none of these components.")
+            continue
+        taken[name] = without(result, own)
+        lacks = (
+            f" It has no {', '.join(c for c in chosen if c not in own)[:120]}." if own != [*chosen] else ""
+        )
+        said.append((f"{name}: " if several else "") + told(own, *taken[name]) + lacks)
+    lines = [(n, row) for n, t in taken.items() for row in answer_rows(models[n], *t)]
+    changed = {row[0] for _, row in lines if row[-1]}
+    place = {image: i for i, image in enumerate(dict.fromkeys(row[0] for _, row in lines))}
+    lines.sort(key=lambda line: (line[1][0] not in changed, place[line[1][0]]))
+    answers = [[n, *row] if several else row for n, row in lines[:MOST_ROWS]]
+    groups = None
+    if file is not None:
+        try:
+            rows, about = _group_table(models, taken, file, several)
+            groups = (["model"] * several + GROUP_COLUMNS, rows)
+        except RequestError as error:
+            about = str(error)
+        said.append(about)
+    return Compared((["model"] * several + COLUMNS, answers), groups, " ".join(said))
+
+
+def _group_table(
+    models: Mapping[str, Result], taken: Mapping[str, tuple], file: Path, several: bool
+) -> tuple[list[list[str]], str]:
+    """Rows and sentence of `group_rows` for each model."""
+    groups, rows, said = read_groups(file), [], []
+    for name, (before, after) in taken.items():
+        own, about = group_rows(models[name], groups, before, after)
+        rows += [[name, *row] if several else row for row in own]
+        said.append((f"{name}: " if several else "") + about)
+    return rows, " ".join(said)
 
 
 def order(
@@ -106,7 +162,8 @@ def _likeness(parts: np.ndarray, images: tuple[str, ...], reference: str) -> np.
 
 
 def read_groups(file: Path) -> dict[str, tuple[str, str]]:
-    """{image: (label, group)} of a CSV with the columns file, label, group; RequestError when it is none."""
+    """{file name of an image: (label, group)} of a CSV with the columns file, label, group; RequestError when
+    it is none, or two of its rows are for one file name: the page knows images by their file names alone."""
     try:
         text = file.read_text("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -118,7 +175,15 @@ def read_groups(file: Path) -> dict[str, tuple[str, str]]:
         lines = [[row[n] or "" for n in NEEDED] for row in rows]
     except csv.Error as error:
         raise RequestError(f"{file.name[:60]} is no CSV ({error}).") from error
-    return {Path(name).name: (label, group) for name, label, group in lines}
+    found: dict[str, tuple[str, tuple[str, str]]] = {}
+    for path, label, group in lines:
+        name = PurePosixPath(path.replace("\\", "/")).name
+        if name and found.setdefault(name, (path, (label, group))) != (path, (label, group)):
+            raise RequestError(
+                f"{file.name[:60]} has two rows for images named {name[:60]!r} ({found[name][0][-80:]} and "
+                f"{path[-80:]}), and images have no folders here; give each file a name of its own."
+            )
+    return {name: row for name, (_, row) in found.items()}
 
 
 def group_rows(
@@ -143,8 +208,11 @@ def group_rows(
     worst = [min(float(m[k]) for m in means.values()) for k in (0, 1)]
     said = (
         f"Worst group {worst[0]:.3f} → {worst[1]:.3f}, average {whole[0]:.3f} → {whole[1]:.3f} "
-        f"over {len(known)} images."
+        f"over {len(known)} image{'s' * (len(known) != 1)}."
     )
+    if lost := [name for name in images if name not in groups]:
+        are = "is" if len(lost) == 1 else "are"
+        said += f" {len(lost)} of {len(images)} images {are} in no row of the CSV (as {lost[0][:60]!r})."
     return rows, said
 
 

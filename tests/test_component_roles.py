@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,11 @@ def test_the_run_of_a_clip(run: Any) -> None:
     figure = draw(run)
     assert figure.data["columns"] == ["", "colour", "a star"] and first in figure.data["rows"][0][1]
     assert figures.to_bytes(figure, "svg").startswith(b"<?xml")
+    assert figure.caption.endswith(
+        "; no placebo was asked for, so even the first may be chance: some component always is first"
+    )
+    sure = replace(run, result=replace(run.result, values={**run.result.values, "above": {"a star": []}}))
+    assert draw(sure).caption.endswith("; above what random directions reach: a star none")
 
 
 def test_refusals(session: Any, run: Any) -> None:

@@ -264,6 +264,8 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         "atlas-clip has no head block.9.head.0",
     ),
     "no images": ({"images": ("/nothing.png",)}, "no file or folder '/nothing.png'"),
+    "an empty text": ({"texts": [""]}, "--texts: one of the texts is empty"),
+    "a blank text": ({"texts": [*TEXTS, " \t"]}, "--texts: one of the texts is empty"),
     "a granularity": ({"granularity": "neuron"}, "--granularity must be one of layer, head, token"),
     "a diffusion model": ({"model": "atlas-sd"}, "a vision transformer is needed here"),
     "a clip that is none": ({"clip": str(VIT)}, "a CLIP is needed here"),
@@ -308,9 +310,17 @@ def test_folders_with_other_files_and_animations_are_said(session: Any, tmp_path
     frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
     said = run(session, tmp_path).result.values["warnings"]
     assert said == [
-        "1 file in the folders are no images; left out.",
+        "1 file in the folders is no image; left out.",
         "a.gif is animated (2 frames); the first was taken.",
     ]
+
+
+def test_several_files_that_are_no_images_are_counted(session: Any, tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text("x")
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    warned = run(session, tmp_path).result.values["warnings"]
+    assert warned == ["2 files in the folders are no images; left out."]
 
 
 @pytest.mark.parametrize("size", [(1, 1), (3, 200)])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from panels import decompose_form
 from panels import decompose_images as pictured
 from panels.decompose_find import METHOD, Find
 from panels.decompose_side import Side
@@ -25,6 +27,8 @@ OUT = (
     "status",
     "beside",
     "beside-said",
+    "beside-answers",
+    "second",
     "property",
     "carry",
     "text",
@@ -83,10 +87,36 @@ def test_a_second_model_and_a_map_over_the_image(side: Side) -> None:
     *_, last = side.beside(PAGE, {"run": "x"}, "atlas-vit", "red", "")
     assert last["beside-said"]["value"] == "atlas-vit, for the same images and texts:"
     assert "through the aligner" in last["beside"]["value"]["caption"] and last["stop"].interactive is False
+    assert last["beside-answers"]["visible"] is False and set(last["second"]) == {"run"}
+    *_, last = side.beside(PAGE, {"run": "x"}, "atlas-vit", "red", "red star on mint.png")
+    assert last["beside-answers"]["visible"] and last["beside-answers"]["value"]["labels"] == [
+        "a star",
+        "red",
+    ]
     *_, last = side.look(PAGE, {"run": "x"}, "a star", "red star on mint.png", "block.4.head.3")
     assert last["where"]["value"].shape == (64, 64, 3) and last["where"]["visible"]
     assert last["spread"]["value"].startswith("red star on mint: block.4.head.3 for “a star”: patches from ")
     assert side.jobs == {}
+
+
+def test_a_second_run_counts_while_it_is_for_what_is_on_screen(
+    session: Session, form: dict, out: dict, shown: tuple
+) -> None:
+    recipe, result = shown
+    other = session.run(
+        Recipe("decompose", "atlas-vit", recipe.inputs, decompose_form.space("atlas-vit", {}))
+    )
+    side = Side(session, form, out, lambda kept: (other.recipe, other.result), plain)
+    found = side.second({"run": other.id}, recipe, result)
+    assert set(found) == {"atlas-vit"} and found["atlas-vit"] is other.result
+    assert side.second(None, recipe, result) == side.second({"run": "x"}, other.recipe, result) == {}
+    asked = replace(recipe, inputs={**recipe.inputs, "texts": ["a moon"]})
+    assert side.second({"run": other.id}, asked, result) == {}
+
+    def gone(kept: dict) -> tuple:
+        raise RequestError("There is no such run.")
+
+    assert Side(session, form, out, gone, plain).second({"run": "x"}, recipe, result) == {}
 
 
 @pytest.mark.parametrize("kind", ["beside", "look"])

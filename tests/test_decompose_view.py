@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -159,7 +160,9 @@ def test_groups_are_counted_and_the_worst_comes_first(result: Result, tmp_path: 
     after = np.array([[0, 9, 0], [0, 9, 0], [0, 9, 0], [0, 0, 9]], float)
     rows, said = decompose_without.group_rows(result, groups, before, after)
     assert rows == [["h", "2", "0.500", "1.000"], ["s", "1", "1.000", "0.000"]]
-    assert said == "Worst group 0.500 → 0.000, average 0.667 → 0.667 over 3 images."
+    assert said == "Worst group 0.500 → 0.000, average 0.667 → 0.667 over 3 images." + (
+        " 1 of 4 images is in no row of the CSV (as 'four.png')."
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,6 +171,11 @@ def test_groups_are_counted_and_the_worst_comes_first(result: Result, tmp_path: 
         ("a,b\n1,2\n", "must have the columns file, label, group"),
         ("file,label,group\nx.png,star,g\n", "None of the images is in the CSV.*'one.png'"),
         ("file,label,group\none.png,a,g\n", "'a' must stand in one of the texts, and stands in 3"),
+        (
+            "file,label,group\nland/one.png,star,l\nwater/one.png,heart,w\n",
+            r"two rows for images named 'one.png' \(land/one.png and water/one.png\)",
+        ),
+        ("file,label,group\none.png,star,l\none.png,star,w\n", "two rows for images named 'one.png'"),
         ("file,label,group\none.png,sta,g\n", "'sta' must stand in one of the texts, and stands in 0"),
     ],
 )
@@ -177,6 +185,66 @@ def test_a_wrong_csv_gets_a_sentence(result: Result, tmp_path: Path, text: str, 
     before, after = decompose_without.without(result, ["embedding"])
     with pytest.raises(RequestError, match=says):
         decompose_without.group_rows(result, decompose_without.read_groups(file), before, after)
+
+
+def test_images_without_a_row_are_counted(result: Result, tmp_path: Path) -> None:
+    file = tmp_path / "groups.csv"
+    row = "C:\\in\\one.png,star,s\n"
+    file.write_text(f"file,label,group\n{row}{row},heart,h\nother.png,heart,h\n")
+    rows, said = decompose_without.group_rows(
+        result, decompose_without.read_groups(file), *decompose_without.without(result, ["embedding"])
+    )
+    assert [row[:2] for row in rows] == [["s", "1"]]
+    assert said.endswith("over 1 image. 3 of 4 images are in no row of the CSV (as 'two.png').")
+
+
+def test_two_models_have_a_row_each(result: Result, tmp_path: Path) -> None:
+    file = tmp_path / "groups.csv"
+    file.write_text("file,label,group\none.png,star,s\ntwo.png,heart,h\nthree.png,heart,h\nfour.png,star,s\n")
+    scores = result.arrays["scores"]
+    turned = {"scores": replace(scores, values=-scores.values)}
+    other = replace(result, arrays={**result.arrays, **turned})
+    found = decompose_without.compared({"a": result, "b": other}, ["block.0.mlp"], file)
+    columns, rows = found.answers
+    assert columns == ["model", *decompose_without.COLUMNS] and len(rows) == 8
+    assert [row[0] for row in rows] == ["a", "b"] * 4 and all(
+        x[1] == y[1] for x, y in zip(rows[::2], rows[1::2], strict=True)
+    )
+    mine, theirs = (decompose_without.without(r, ["block.0.mlp"]) for r in (result, other))
+    for model, image, before, cosine, after, then, _ in rows:
+        i = scores.axis("image").labels.index(image)
+        a, b = mine if model == "a" else theirs
+        texts = scores.axis("text").labels
+        assert (before, cosine) == (texts[a[i].argmax()], f"{a[i].max():.3f}")
+        assert (after, then) == (texts[b[i].argmax()], f"{b[i].max():.3f}")
+    columns, rows = found.groups or ([], [])
+    assert columns == ["model", *decompose_without.GROUP_COLUMNS]
+    assert sorted((row[0], row[1]) for row in rows) == [("a", "h"), ("a", "s"), ("b", "h"), ("b", "s")]
+    for name, r, t in (("a", result, mine), ("b", other, theirs)):
+        own, about = decompose_without.group_rows(r, decompose_without.read_groups(file), *t)
+        assert [row[1:] for row in rows if row[0] == name] == own and f"{name}: {about}" in found.said
+
+
+def test_a_second_model_without_the_components_is_said(result: Result) -> None:
+    parts, scores = (result.arrays[n] for n in ("contributions", "scores"))
+    labels = tuple(c.replace("block.0", "stage.0") for c in parts.axis("component").labels)
+    named = {
+        n: replace(t, axes=tuple(replace(a, labels=labels) if a.name == "component" else a for a in t.axes))
+        for n, t in (("contributions", parts), ("scores", scores))
+    }
+    other = replace(result, arrays={**result.arrays, **named})
+    found = decompose_without.compared({"a": result, "b": other}, ["block.0.mlp"], None)
+    assert found.said.endswith("b has none of these components.") and found.groups is None
+    assert {row[0] for row in found.answers[1]} == {"a"}
+    found = decompose_without.compared({"a": result, "b": other}, ["block.0.mlp", "embedding"], None)
+    assert found.said.endswith(" It has no block.0.mlp.") and {row[0] for row in found.answers[1]} == {
+        "a",
+        "b",
+    }
+    alone = decompose_without.compared({"a": result}, ["block.0.mlp"], None)
+    assert alone.answers[0] == decompose_without.COLUMNS and "a:" not in alone.said
+    with pytest.raises(RequestError, match="No components are chosen"):
+        decompose_without.compared({"a": result, "b": other}, [], None)
 
 
 def test_a_csv_that_is_no_text_gets_a_sentence(tmp_path: Path) -> None:

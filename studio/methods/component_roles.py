@@ -25,6 +25,7 @@ from studio.types import Axis, Figure, Report, Result, Run, Trace
 
 Groups = tuple[tuple[str, ...], ...]  # by text of a feature, the phrasings whose mean is taken
 SHOWN = 10  # components of a feature in the figure
+NO_LINE = "no placebo was asked for, so even the first may be chance: some component always is first"
 PARALLEL = 1e-6  # relative length of what is left of a text beside those before it
 
 
@@ -137,6 +138,8 @@ def draw(run: Run) -> Figure:
     if above := run.result.values.get("above"):
         told = (f"{n} {', '.join(found[:3]) or 'none'}" for n, found in above.items())
         caption += f"; above what random directions reach: {'; '.join(told)}"
+    else:
+        caption += f"; {NO_LINE}"
     return Figure("table", {"columns": ["", *features], "rows": rows}, title=title, caption=caption)
 
 

@@ -55,6 +55,8 @@ class Params(SpaceParams):
 def check(inputs: Inputs, params: Params, seeds: tuple[int, ...]) -> None:
     """Refuses images that are not there, and options that do not go together."""
     image_files(inputs.images)
+    if not all(t.strip() for t in inputs.texts or ()):
+        raise RequestError("--texts: one of the texts is empty; write something in it, or leave it out.")
     if params.aligner and not Path(params.aligner).expanduser().is_file():
         raise RequestError(f"--aligner: there is no file {params.aligner[:120]!r}.")
     if params.aligner and not params.clip:
@@ -144,7 +146,8 @@ class _Decompose:
         self.left, others = image_files(inputs.images)
         self.names = labels(self.left)
         if others:
-            report.warn(f"{others} file{'s' if others > 1 else ''} in the folders are no images; left out.")
+            what = "file in the folders is no image" if others == 1 else "files in the folders are no images"
+            report.warn(f"{others:,} {what}; left out.")
         self.whole = Decomposition(model.layout, model.device)
         self.aligner, self.directions = self._space(scorer)
         self._check_size()
