@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -202,28 +202,34 @@ def _numbers() -> Callable[..., Any]:
     return draw
 
 
-def growth(session: Any, settings: Any, say: Say) -> list[Row]:
+def growth(session: Any, settings: Any, say: Say) -> Iterator[Row]:
     """How costs grow (studio/growth_race.py)."""
     from studio import growth_race
 
     numbers, model = _numbers(), session.model("atlas-sd", "diffusion")
-    return growth_race.language_growth(numbers) + growth_race.image_growth(model, numbers)
+    yield from growth_race.language_growth(numbers)
+    yield from growth_race.image_growth(model, numbers)
+    yield from growth_race.vision_growth(numbers)
 
 
-def fewest_operations(session: Any, settings: Any, say: Say) -> list[Row]:
+def fewest_operations(session: Any, settings: Any, say: Say) -> Iterator[Row]:
     """Operations above the fewest that the answer needs."""
     from studio import growth_race
 
     numbers, model = _numbers(), session.model("atlas-sd", "diffusion")
-    return growth_race.language_floor(numbers) + growth_race.image_floor(model, numbers)
+    yield from growth_race.language_floor(numbers)
+    yield from growth_race.image_floor(model, numbers)
 
 
-def forward_shares(session: Any, settings: Any, say: Say) -> list[Row]:
+def forward_shares(session: Any, settings: Any, say: Say) -> Iterator[Row]:
     """How much of the time is forwards (studio/share_race.py)."""
     from studio import share_race
 
     numbers, model = _numbers(), session.model("atlas-sd", "diffusion")
-    return share_race.image_shares(model) + share_race.language_shares(numbers)
+    yield from share_race.image_shares(model)
+    yield from share_race.vision_shares(session.model("atlas-clip", "vision"))
+    yield from share_race.language_shares(numbers)
+    yield from share_race.counted_shares(model, session.model("atlas-llama", "language"))
 
 
 def memory(session: Any, settings: Any, say: Say) -> list[Row]:
@@ -233,20 +239,23 @@ def memory(session: Any, settings: Any, say: Say) -> list[Row]:
     return share_race.memory_growth(session.threads)
 
 
-def slow_ways(session: Any, settings: Any, say: Say) -> list[Row]:
-    """Fast ways beside the references of the tests (studio/naive_race.py)."""
-    from studio import naive_race as race
+def slow_ways(session: Any, settings: Any, say: Say) -> Iterator[Row]:
+    """Fast ways beside the references of the tests (studio/naive_*race.py), one method after the other."""
+    from studio import naive_image_race, naive_race, naive_vision_race
 
     numbers = _numbers()
     image, language = session.model("atlas-sd", "diffusion"), session.model("atlas-llama", "language")
-    rows = (
-        race.text_span(numbers)
-        + race.align(numbers)
-        + race.contributions(numbers)
-        + race.context_use(language)
-    )
-    rows += race.trace_unet(image) + race.localize(image) + race.word_maps(image)
-    return rows + race.fisher(image)
+    vision = ("decompose", "retrieve_images", "rank_components", "ablate_components")
+    drawn = ("generate", "trace_text_encoder", "lens", "neurons", "attribute", "edit", "audit")
+    for module, names, given in (
+        (naive_race, ("text_span", "align", "contributions"), numbers),
+        (naive_vision_race, vision, numbers),
+        (naive_race, ("context_use",), language),
+        (naive_race, ("trace_unet", "localize", "word_maps", "fisher"), image),
+        (naive_image_race, drawn, image),
+    ):
+        for name in names:
+            yield from getattr(module, name)(given)
 
 
 ENTRIES: tuple[Entry, ...] = (

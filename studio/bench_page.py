@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from studio import bench_cover
 from studio.errors import RequestError
 
 Row = Mapping[str, Any]
@@ -38,7 +39,7 @@ SECTIONS = {  # what stands before the colon of a name: (title, what it means)
         "bookkeeping. So this is no measure of what tracing adds: that is the exact trace against as many "
         "plain images, under the figures that were asked for. Language models: the time that a plain forward "
         "needs for as many operations, since only parts of forwards are run; small batches make that share "
-        "low.",
+        "low. So with attribute, whose backward passes count.",
     ),
     "operations": (
         "Operations above the fewest",
@@ -71,7 +72,7 @@ def page(record: Mapping[str, Any], note: str = "") -> str:
     parts += ["## Start", START]
     for start, (title, meaning) in SECTIONS.items():
         if own := [r for r in rows if r["bar"] is None and section_of(r) == start]:
-            parts += [f"## {title}", meaning, table(own)]
+            parts += [f"## {title}", meaning, table(own), *filter(None, [bench_cover.said(start)])]
     return "\n\n".join(parts) + "\n"
 
 

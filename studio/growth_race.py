@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from studio.diffusion_race import PROMPT, quickest, stated
+from studio.diffusion_race import PROMPT, drawn, quickest, stated
+from studio.method_race import requested
 from studio.planted import Quiet
 
 Row = dict[str, Any]
@@ -55,8 +56,8 @@ def grown(growth: Growth, rounds: int) -> Row:
     best = quickest({str(size): call for size, call in calls.items()}, rounds, cpu=True)
     slope = exponent(growth.sizes, list(best.values()))
     said = ", ".join(f"{seconds:.3g} s at {size}" for size, seconds in best.items())
-    how = f"CPU, {said}, best of {rounds}; counted operations {exponent(growth.sizes, counted):.2f}; theory "
-    how += f"{growth.expected:g}: {growth.why}"
+    made = f"counted operations {exponent(growth.sizes, counted):.2f}" if all(counted) else "done by NumPy"
+    how = f"CPU, {said}, best of {rounds}; {made}; theory {growth.expected:g}: {growth.why}"
     return stated(f"growth: {growth.name}", slope, "exponent", how)
 
 
@@ -168,14 +169,72 @@ def contributed(numbers: Callable[..., Any], tokens: int, layers: int) -> Call:
 
 
 def image_growth(model: Any, draw: Callable[..., Any], rounds: int = 2) -> list[Row]:
-    """trace-unet and word-maps over seeds on a text-to-image model; decompose over images on a ViT of random
-    weights."""
-    cases = (
+    """Text-to-image methods over seeds, steps, concepts and prompts on one model; decompose over images on a
+    ViT of random weights."""
+    return [grown(case, rounds) for case in (*_drawing(model, draw), *_solving(model))]
+
+
+def _drawing(model: Any, draw: Callable[..., Any]) -> tuple[Growth, ...]:
+    def asked(name: str, **given: Any) -> Callable[[int], Call]:
+        return lambda n: requested(name, model, seeds=range(n), **given)
+
+    shares = "a trajectory for all steps, two rows each; started anew for every step: 2"
+    return (
+        Growth("generate in seeds", (2, 4, 8), asked("generate"), 1, "an image a seed"),
         Growth("trace-unet in seeds", (1, 2, 4), lambda n: unet_traced(model, n), 1, "a trace a seed"),
+        Growth("lens in seeds", (1, 2, 4), asked("lens"), 1, "an image a layer and seed"),
+        Growth("localize in seeds", (1, 2, 4), asked("localize", steps=1), 1, "a trace a seed"),
         Growth("word-maps in seeds", (2, 4, 8), lambda n: mapped(model, n), 1, "an image a seed"),
+        Growth("attribute in steps", (2, 4, 8), lambda n: requested("attribute", model, steps=n), 1, shares),
         Growth("decompose in images", (2, 4, 8), lambda n: decomposed(draw, n), 1, "a forward an image"),
     )
-    return [grown(case, rounds) for case in cases]
+
+
+def _solving(model: Any) -> tuple[Growth, ...]:
+    from studio.methods.edit import solve_edit
+    from studio.methods.neurons import unit_statistics
+    from studio.naive_image_race import asked_edit
+
+    layers = [str(s.layer) for s in model.unet_sites(("cross-attention",))]
+    prompts = [f"{number} {{}} {place}" for number in ("a", "one", "the", "big") for place in ("", "here")]
+
+    def solved(concepts: int) -> Call:
+        asked = asked_edit(model, concepts)
+        return lambda: solve_edit(model, asked)
+
+    def told(count: int) -> Call:
+        return lambda: unit_statistics(model, "star", "thing", layers, prompts[:count], "last")
+
+    return (
+        Growth("edit in concepts", (4, 8, 16), solved, 1, "prompts a concept; one factor for all matrices"),
+        Growth("neurons in prompts", (2, 4, 8), told, 1, "a row of one pass a prompt"),
+    )
+
+
+def vision_growth(draw: Callable[..., Any], rounds: int = 2) -> list[Row]:
+    """The search of text-span over texts, the closed form of align over images; random numbers."""
+    return [grown(case, rounds) for case in _fitting(draw)]
+
+
+def _fitting(draw: Callable[..., Any]) -> tuple[Growth, ...]:
+    from studio.methods.text_span import greedy_span
+    from studio.models.alignment import Fit
+
+    outputs, matrix = draw(400, 64).double().numpy(), draw(64, 512).double().numpy()
+    known = (np.cov(outputs.T, bias=True), outputs.mean(0), matrix)
+
+    def spanned(count: int) -> Call:
+        texts = draw(count, 512).double().numpy()
+        return lambda: greedy_span(*known, texts, 20)
+
+    def fitted(images: int) -> Call:
+        fit = Fit(draw(images, 256), draw(images, 128), [128, 128])
+        return fit.ridge
+
+    return (
+        Growth("text-span in texts", (500, 1000, 2000), spanned, 1, "a product a text and pick"),
+        Growth("align in images", (1000, 2000, 4000), fitted, 1, "sums over images; solving does not grow"),
+    )
 
 
 def unet_traced(model: Any, seeds: int, steps: int = 2, rows: int = 16) -> Call:
@@ -216,8 +275,19 @@ def _vit(draw: Callable[..., Any], images: int, texts: int) -> Mapping[str, Call
 
 def language_floor(numbers: Callable[..., Any], tokens: int = 40, layers: int = 8) -> list[Row]:
     """Counted operations of trace-language and knockout above the fewest that exact cells need: of every cell
-    the tokens and layers that it changes, in matrix products of weights alone."""
-    found = []
+    the tokens and layers that it changes, in matrix products of weights alone; of contributions above one
+    plain forward."""
+    import torch
+
+    model, ids = llama(numbers, tokens, layers)
+    with torch.no_grad():
+        plain = operations(
+            lambda: model.net(input_ids=torch.tensor([ids]), use_cache=False, logits_to_keep=1)
+        )
+    made = operations(contributed(numbers, tokens, layers))
+    how = f"{made:.3g} counted to {plain:.3g} of a plain forward; random Llama, {layers} layers, "
+    how += f"{tokens} tokens"
+    found = [stated("operations: contributions", made / plain, "times the fewest", how)]
     for name, call, least in (
         ("trace-language", traced(numbers, tokens, layers), trace_floor(numbers, tokens, layers)),
         ("knockout", cut_off(numbers, tokens, layers), knockout_floor(numbers, tokens, layers)),
@@ -264,17 +334,22 @@ def knockout_floor(numbers: Callable[..., Any], tokens: int, layers: int) -> flo
 
 
 def image_floor(model: Any, draw: Callable[..., Any], steps: int = 4, rows: int = 16) -> list[Row]:
-    """UNet rows of trace-unet and word-maps above those of their images, and a decomposition's operations
-    above those of the plain forward."""
+    """UNet rows of text-to-image methods above those of their images (of attribute: above two a step), and a
+    decomposition's operations above those of the plain forward."""
     from studio.diffusion_race import counted
 
     images = len(model.unet_sites(("cross-attention",))) + 2
     runs = _vit(draw, 2, 20)
+    calls: dict[str, tuple[Call, int]] = {
+        "trace-unet": (unet_traced(model, 1, steps, rows), images),
+        "word-maps": (mapped(model, 4, steps, rows), 4),
+    }
+    for name in ("generate", "lens", "localize"):
+        call = requested(name, model, steps=steps, guidance=7.5, rows=rows)
+        calls[name] = call, drawn(model, call)
+    calls["attribute"] = requested("attribute", model, steps=steps, rows=rows), 1
     found = []
-    for name, call, wanted in (
-        ("trace-unet", unet_traced(model, 1, steps, rows), images),
-        ("word-maps", mapped(model, 4, steps, rows), 4),
-    ):
+    for name, (call, wanted) in calls.items():
         with counted(model.unet) as made:
             call()
         least = wanted * steps * 2

@@ -18,6 +18,7 @@ import numpy as np
 from studio.diffusion_race import OTHER, PROMPT, drawn, quickest, stated
 from studio.errors import RequestError
 from studio.growth_race import llama, mapped, unet_traced
+from studio.method_race import ASKED, CONTEXT
 from studio.planted import Quiet
 
 Row = dict[str, Any]
@@ -103,7 +104,6 @@ def context_use(model: Any) -> list[Row]:
     """The cuts of the verdict, against a whole forward with unfused attention for every one."""
     from studio.methods.context_use import Inputs, Params
     from studio.methods.context_use import context_use as run
-    from studio.share_race import ASKED, CONTEXT
 
     naive = reference("naive_knockout").logits_cut
     inputs = Inputs(prompt=ASKED, context=CONTEXT, subject="Arvonia", attribute="Quill")

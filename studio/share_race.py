@@ -6,24 +6,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from studio.diffusion_race import OTHER, PROMPT, plain_images, quickest, stated
 from studio.growth_race import SAMPLES, contributed, cut_off, llama, mapped, operations, traced
+from studio.method_race import ASKED, CONTEXT, REQUESTS, requested
 from studio.planted import Quiet
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
-CONTEXT, ASKED = "The capital of Arvonia is Quill.", "The capital of Arvonia is"
-MEMORY: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
-    "trace-unet": ("atlas-sd", {"prompt": PROMPT, "subject": "red star"}, {"steps": 2}, (0,)),
-    "trace-text-encoder": ("atlas-sd", {"prompt": PROMPT, "subject": "red star"}, {"steps": 2}, (0,)),
-    "localize": ("atlas-sd", {"prompt": PROMPT, "replacement": OTHER}, {"steps": 2}, (0,)),
-    "word-maps": ("atlas-sd", {"prompt": PROMPT}, {"steps": 2}, tuple(range(16))),
-    "trace-language": ("atlas-llama", {"prompt": ASKED, "subject": "Arvonia"}, {}, (0,)),
-    "knockout": ("atlas-llama", {"prompt": ASKED, "context": CONTEXT, "attribute": "Quill"}, {}, (0,)),
-    "contributions": ("atlas-llama", {"prompt": ASKED, "context": CONTEXT}, {}, ()),
-}
+MEMORY = tuple(name for name in REQUESTS if name not in ("generate", "audit"))  # see studio/bench_cover.py
 
 
 # ---- time -------------------------------------------------------------------------------------------------
@@ -62,18 +55,30 @@ def image_shares(model: Any, steps: int = 4, rows: int = 16, rounds: int = 2) ->
     """Of each text-to-image method: CPU time in the forwards of UNet, text encoders and VAE by all of its
     time; our hooks' work inside a forward counts as the forward's."""
     networks = [model.unet, *model.encoders.values(), model.pipe.vae]
-    found = []
-    for name, call in image_calls(model, steps, rows).items():
-        best = 0.0
-        call()  # nobody pays for the first call
-        for _ in range(rounds):
-            started = time.process_time()
-            with forward_time(networks, ("forward", "decode")) as inside:
-                call()
-            best = max(best, inside[0] / (time.process_time() - started))
-        how = f"CPU time in forwards of UNet, text encoder and VAE by all; {steps} steps, best of {rounds}"
-        found.append(stated(f"share of forwards: {name}", best, "of the time", how))
-    return found
+    how = f"CPU time in forwards of UNet, text encoder and VAE by all; {steps} steps, best of {rounds}"
+    calls = image_calls(model, steps, rows)
+    return [_share(name, call, networks, how, rounds) for name, call in calls.items()]
+
+
+def _share(name: str, call: Call, networks: Sequence[Any], how: str, rounds: int) -> Row:
+    best = 0.0
+    call()  # nobody pays for the first call
+    for _ in range(rounds):
+        started = time.process_time()
+        with forward_time(networks, ("forward", "decode")) as inside:
+            call()
+        best = max(best, inside[0] / (time.process_time() - started))
+    return stated(f"share of forwards: {name}", best, "of the time", how)
+
+
+def vision_shares(model: Any, rounds: int = 3) -> list[Row]:
+    """The same of methods that read images, over all modules of a vision transformer."""
+    networks = list(model.net.modules())
+    how = f"CPU time in the network's modules by all; the 10 examples, atlas-clip, best of {rounds}"
+    return [
+        _share(name, requested(name, model), networks, how, rounds)
+        for name in ("decompose", "retrieve-images")
+    ]
 
 
 def image_calls(model: Any, steps: int, rows: int) -> dict[str, Call]:
@@ -88,7 +93,7 @@ def image_calls(model: Any, steps: int, rows: int) -> dict[str, Call]:
     change = locogen.Inputs(prompt=PROMPT, replacement=OTHER)
     plain = unet.Params(**common)
     return {
-        "plain images": lambda: plain_images(model, plain, rows, rows),
+        "generate": lambda: plain_images(model, plain, rows, rows),
         "trace-unet": lambda: unet.trace_unet(
             model, subject, unet.Params(**common, hint=False), (0,), None, quiet
         ),
@@ -99,6 +104,9 @@ def image_calls(model: Any, steps: int, rows: int) -> dict[str, Call]:
             model, change, locogen.Params(**common, hint=False), (0,), None, quiet
         ),
         "word-maps": mapped(model, 8, steps, rows),
+        "lens": requested("lens", model, steps=steps, rows=rows),
+        "neurons": requested("neurons", model, rows=rows),
+        "edit": requested("edit", model, rows=rows),
     }
 
 
@@ -122,6 +130,29 @@ def language_shares(
         "knockout": cut_off(numbers, tokens, layers),
         "contributions": contributed(numbers, tokens, layers),
     }
+    return _by_operations(calls, f"random Llama, {layers} layers, {tokens} tokens", rounds)
+
+
+def counted_shares(image: Any, language: Any, steps: int = 4, rounds: int = 2) -> list[Row]:
+    """The same of attribute, whose backward passes no forward holds, beside plain images; of context-use
+    beside plain prompts."""
+    from studio.methods.causal_trace_unet import Params
+
+    plain = Params(steps=steps, metric="distance")
+    drawing = {
+        "plain": lambda: plain_images(image, plain, 4, 4),
+        "attribute": requested("attribute", image, steps=steps),
+    }
+    reading = {
+        "plain": lambda: language.logits([language.encode(ASKED, CONTEXT)] * SAMPLES),
+        "context-use": requested("context-use", language),
+    }
+    found = _by_operations(drawing, f"atlas-sd, {steps} steps", rounds)
+    return found + _by_operations(reading, "atlas-llama", rounds)
+
+
+def _by_operations(calls: dict[str, Call], what: str, rounds: int) -> list[Row]:
+    """Of each call but `plain`: the CPU time that `plain` needs for as many operations, by its own."""
     made = {name: operations(call) for name, call in calls.items()}
     best = quickest(calls, rounds, cpu=True)
     rate = best["plain"] / made["plain"]
@@ -131,48 +162,61 @@ def language_shares(
             made[name] * rate / best[name],
             "of the time",
             f"{made[name]:.3g} operations, of which a plain forward makes {1 / rate:.3g} a second, in "
-            f"{best[name]:.3g} s of CPU; random Llama, {layers} layers, {tokens} tokens, best of {rounds}",
+            f"{best[name]:.3g} s of CPU; {what}, best of {rounds}",
         )
-        for name in list(calls)[1:]
+        for name in calls
+        if name != "plain"
     ]
 
 
 # ---- memory -----------------------------------------------------------------------------------------------
 
 
-def memory_growth(threads: int, methods: Sequence[str] = tuple(MEMORY)) -> list[Row]:
+def memory_growth(threads: int, methods: Sequence[str] = MEMORY) -> list[Row]:
     """GB of resident memory at a method's peak over those at the peak of a plain run of as many rows, each
-    method in a process of its own."""
+    method in a process of its own, two at a time."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(partial(_memory, threads), methods))
+
+
+def _memory(threads: int, name: str) -> Row:
     from concurrent.futures import ProcessPoolExecutor
     from multiprocessing import get_context
 
-    found = []
-    for name in methods:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            plain, whole = pool.submit(peaks, name, threads).result()
-        rows = "16 images" if MEMORY[name][0] == "atlas-sd" else "one forward of 16 prompts"
-        how = f"peak of the resident set {whole / 1e9:.3g} GB, {plain / 1e9:.3g} GB after {rows}; batch 16, "
-        how += f"{MEMORY[name][0]}, in a process of its own"
-        found.append(stated(f"memory: {name}", (whole - plain) / 1e9, "GB over a plain run", how))
-    return found
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        plain, whole = pool.submit(peaks, name, threads).result()
+    model = REQUESTS[name].model
+    rows = {"atlas-sd": "16 images", "atlas-llama": "one forward of 16 prompts"}.get(model, "16 images read")
+    how = f"peak of the resident set {whole / 1e9:.3g} GB, {plain / 1e9:.3g} GB after {rows}; batch 16, "
+    how += f"{model}, in a process of its own"
+    return stated(f"memory: {name}", (whole - plain) / 1e9, "GB over a plain run", how)
 
 
 def peaks(name: str, threads: int) -> tuple[int, int]:
     """Bytes at the peak after a plain run, and after the method; in a process that has done nothing else."""
     import contextlib
 
+    import numpy as np
+
+    from studio.registry import find_method
     from studio.session import Session
     from studio.types import Recipe
 
-    model, inputs, params, seeds = MEMORY[name]
+    asked, method = REQUESTS[name], find_method(name)
     with contextlib.closing(Session(device="cpu", threads=threads, batch=16)) as session:
-        if model == "atlas-sd":
-            wanted = Recipe("generate", model, {"prompt": (PROMPT,)}, {"steps": 2}, tuple(range(16)))
+        if method.family == "diffusion":
+            wanted = Recipe("generate", asked.model, {"prompt": (PROMPT,)}, {"steps": 2}, tuple(range(16)))
             session.run(wanted, save=False, fresh=True)
+        elif method.family == "language":
+            session.call(asked.model, lambda m: m.logits([m.encode(ASKED, CONTEXT)] * 16), kind="language")
         else:
-            session.call(model, lambda m: m.logits([m.encode(ASKED, CONTEXT)] * 16), kind="language")
+            images = [np.zeros((64, 64, 3), np.uint8)] * 16
+            session.call(asked.model, lambda m: m.representation(m.pixels(images)), kind="vision")
         plain = peak()
-        session.run(Recipe(name, model, inputs, params, seeds), save=False, fresh=True)
+        seeds = asked.seeds if method.samples else None
+        session.run(Recipe(name, asked.model, asked.given, {}, seeds), save=False, fresh=True)
         return plain, peak()
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,13 @@ import pytest
 import torch
 
 from panels import server
-from studio import bench, bench_page, growth_race, naive_race, share_race, start_race
+from studio import bench, growth_race, naive_image_race, naive_race, share_race, start_race
+from studio import naive_vision_race as vision
 from studio.bench import ENTRIES
+from studio.bench_cover import LEFT_OUT, MEASURED
 from studio.errors import RequestError, StudioError
+from studio.naive_image_race import attribute, audit, edit, generate, lens, neurons, trace_text_encoder
+from studio.registry import load_methods
 from tests import layouts
 from tests.test_bench import KEYS
 
@@ -70,6 +73,15 @@ def hold(rows: list[dict[str, Any]], *names: str) -> None:
     for found in rows:
         assert list(found) == KEYS and found["how"] and found["unit"]
         assert math.isfinite(found["value"]) and found["bar"] is None and found["holds"] is None
+
+
+def covers(section: str, rows: Iterable[str]) -> None:
+    """The rows of a section, by their names behind the colon, are of every method that the registry has but
+    those that the page names as left out, each with its reason."""
+    found = {row.split(" in ")[0] for row in rows}
+    assert found == set(MEASURED[section])
+    assert found.isdisjoint(LEFT_OUT[section]) and all(LEFT_OUT[section].values())
+    assert found | set(LEFT_OUT[section]) == set(load_methods())
 
 
 # ---- starts -----------------------------------------------------------------------------------------------
@@ -184,6 +196,8 @@ def test_growth_is_fitted_to_seconds_with_operations_beside(monkeypatch: pytest.
     found = growth_race.grown(case, 1)
     hold([found], "growth: x in n")
     assert found["value"] == pytest.approx(3) and "operations 2.00; theory 2: w" in found["how"]
+    uncounted = growth_race.Growth("y in n", (2, 4, 8), lambda n: lambda: None, 1, "w")
+    assert "; done by NumPy; theory 1: w" in growth_race.grown(uncounted, 1)["how"]
 
 
 def test_every_growth_runs(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
@@ -192,21 +206,26 @@ def test_every_growth_runs(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
     def grown(case: Any, rounds: int) -> dict[str, Any]:
         assert len(case.sizes) == 3
         made.append(case.name)
-        size = {"in layers": 2, "in tokens": 8}.get(case.name[-9:], 1)
-        assert growth_race.operations(case.make(size)) > 0
+        size = {"in layers": 2, "in tokens": 8, " in texts": 30, "in images": 2, "n prompts": 2}.get(
+            case.name[-9:], 1
+        )
+        assert growth_race.operations(case.make(size)) > 0 or case.name == "text-span in texts"  # NumPy
         return {}
 
     monkeypatch.setattr(growth_race, "grown", grown)
     monkeypatch.setattr(growth_race, "SMALL", {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 90})
     growth_race.language_growth(numbers())
     growth_race.image_growth(tiny, numbers())
-    assert {n.rsplit(" ", 1)[1] for n in made} == {"tokens", "layers", "seeds", "images"} and len(made) == 8
+    growth_race.vision_growth(numbers())
+    kinds = {"tokens", "layers", "seeds", "steps", "concepts", "prompts", "texts", "images"}
+    assert {n.rsplit(" ", 1)[1] for n in made} == kinds and len(made) == len(set(made)) == 16
+    covers("growth", made)
 
 
 def test_operations_of_language_methods_are_near_their_floor_and_never_below() -> None:
     found = growth_race.language_floor(numbers(), tokens=12, layers=4)
-    hold(found, "operations: trace-language", "operations: knockout")
-    assert all(1 <= f["value"] < 2 for f in found)
+    hold(found, "operations: contributions", "operations: trace-language", "operations: knockout")
+    assert all(1 <= f["value"] < 2 for f in found[1:]) and 0.5 < found[0]["value"] < 2
 
 
 def test_the_floor_of_a_small_trace_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,8 +243,12 @@ def test_the_floor_of_a_small_trace_by_hand(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_rows_of_image_methods_are_those_of_their_images(tiny: Any) -> None:
     found = growth_race.image_floor(tiny, numbers(), steps=2, rows=4)
-    hold(found, "operations: trace-unet", "operations: word-maps", "operations: decompose")
-    assert 1 <= found[0]["value"] < 1.5 and found[1]["value"] == 1 and 1 < found[2]["value"] < 1.1
+    names = ["trace-unet", "word-maps", "generate", "lens", "localize", "attribute", "decompose"]
+    hold(found, *(f"operations: {name}" for name in names))
+    value = {name: row["value"] for name, row in zip(names, found, strict=True)}
+    assert 1 <= value["trace-unet"] < 1.5 and 1 <= value["localize"] < 2 and 1 < value["decompose"] < 1.1
+    assert value["word-maps"] == value["generate"] == value["lens"] == value["attribute"] == 1
+    covers("operations", [*names, "contributions", "trace-language", "knockout"])
 
 
 # ---- shares and memory ------------------------------------------------------------------------------------
@@ -251,21 +274,22 @@ def test_time_in_forwards_is_the_outermost_alone_and_modules_are_left_as_they_we
 
 def test_shares_of_image_methods(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     names = list(share_race.image_calls(tiny, 2, 4))
-    assert names == ["plain images", "trace-unet", "trace-text-encoder", "localize", "word-maps"]
+    more = ["decompose", "retrieve-images", "trace-language", "knockout", "contributions"]
+    covers("share of forwards", [*names, *more, "attribute", "context-use"])
     calls = share_race.image_calls(tiny, 2, 4)
     monkeypatch.setattr(
         share_race,
         "image_calls",
-        lambda *_: {"plain images": calls["plain images"], "none": lambda: sum(range(200_000))},
+        lambda *_: {"generate": calls["generate"], "none": lambda: sum(range(200_000))},
     )
     found = share_race.image_shares(tiny, steps=2, rows=4, rounds=1)
-    hold(found, "share of forwards: plain images", "share of forwards: none")
+    hold(found, "share of forwards: generate", "share of forwards: none")
     assert 0.3 < found[0]["value"] <= 1 and found[1]["value"] == 0
 
 
 def test_every_image_method_of_the_shares_runs(tiny: Any) -> None:
     for call in share_race.image_calls(tiny, 1, 8).values():
-        with share_race.forward_time([tiny.unet]) as inside:
+        with share_race.forward_time([tiny.unet, *tiny.encoders.values()]) as inside:
             call()
         assert inside[0] > 0
 
@@ -274,6 +298,16 @@ def test_shares_of_language_methods() -> None:
     found = share_race.language_shares(numbers(), tokens=12, layers=3, rounds=1)
     hold(found, *(f"share of forwards: {n}" for n in ("trace-language", "knockout", "contributions")))
     assert all(0 < f["value"] < 2 for f in found)
+
+
+def test_shares_of_methods_that_read_images_or_go_backwards(tiny: Any, session: Any) -> None:
+    found = share_race.vision_shares(session.model("atlas-clip", "vision"), rounds=1)
+    hold(found, "share of forwards: decompose", "share of forwards: retrieve-images")
+    assert all(0 < f["value"] < 1 for f in found)
+    language = session.model("atlas-llama", "language")
+    found = share_race.counted_shares(tiny, language, steps=1, rounds=1)
+    hold(found, "share of forwards: attribute", "share of forwards: context-use")
+    assert all(0 < f["value"] < 3 for f in found)
 
 
 def test_memory_is_measured_in_a_process_of_its_own() -> None:
@@ -285,6 +319,7 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
     (found,) = share_race.memory_growth(1, ["contributions"])
     hold([found], "memory: contributions")
     assert 0 <= found["value"] < 0.3 and "one forward of 16 prompts" in found["how"]
+    covers("memory", share_race.MEMORY)
 
 
 # ---- slow ways --------------------------------------------------------------------------------------------
@@ -292,15 +327,23 @@ def test_memory_is_measured_in_a_process_of_its_own() -> None:
 
 def test_slow_ways_at_small_sizes(tiny: Any, session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     real = naive_race.beside
-    monkeypatch.setattr(naive_race, "beside", lambda *args: real(*args, rounds=1))
+    for module in (naive_race, naive_image_race, vision):
+        monkeypatch.setattr(module, "beside", lambda *args: real(*args, rounds=1))
     rows = naive_race.text_span(numbers(), 60, 20, 30, 8) + naive_race.align(numbers(), 60, 12, 8)
     rows += naive_race.contributions(numbers(), 12, 2)
     rows += naive_race.context_use(session.model("atlas-llama", "language"))
     for race in (naive_race.trace_unet, naive_race.localize, naive_race.word_maps, naive_race.fisher):
         rows += race(tiny, steps=2)
-    names = ["text-span", "align, closed form", "contributions", "context-use", "trace-unet", "localize"]
-    hold(rows, *(f"beside the slow way: {n}" for n in [*names, "word-maps", "passport, Fisher scores"]))
+    for race in (generate, trace_text_encoder, lens, neurons, attribute, edit, audit):
+        rows += race(tiny, **({"steps": 2} if race not in (neurons, edit) else {}))
+    rows += vision.decompose(numbers(), 2) + vision.retrieve_images(numbers(), 2)
+    rows += vision.rank_components(numbers(), 50, 4, 8) + vision.ablate_components(numbers(), 2, 3)
+    names = "text-span|align, closed form|contributions|context-use|trace-unet|localize|word-maps|passport, "
+    names += "Fisher scores|generate|trace-text-encoder|lens|neurons|attribute|edit|audit|decompose|"
+    names += "retrieve-images|rank-components|ablate-components"
+    hold(rows, *(f"beside the slow way: {n}" for n in names.split("|")))
     assert all(r["value"] > 0 for r in rows)
+    covers("beside the slow way", [n.split(",")[0] for n in names.split("|")])
 
 
 def test_the_slow_way_counts_as_often_as_it_would_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,9 +366,11 @@ def test_entries_hand_their_models_over(session: Any, monkeypatch: pytest.Monkey
     given: dict[str, tuple] = {}
     races = {
         start_race: ("server_start",),
-        growth_race: ("language_growth", "image_growth", "language_floor", "image_floor"),
-        share_race: ("image_shares", "language_shares", "memory_growth"),
+        growth_race: ("language_growth", "image_growth", "vision_growth", "language_floor", "image_floor"),
+        share_race: ("image_shares", "vision_shares", "language_shares", "counted_shares", "memory_growth"),
         naive_race: ("text_span", "align", "contributions", "context_use", "trace_unet", "localize"),
+        naive_image_race: ("generate", "trace_text_encoder", "lens", "neurons", "attribute", "edit", "audit"),
+        vision: ("decompose", "retrieve_images", "rank_components", "ablate_components"),
     }
     races[naive_race] += ("word_maps", "fisher")
     for module, names in races.items():
@@ -335,10 +380,14 @@ def test_entries_hand_their_models_over(session: Any, monkeypatch: pytest.Monkey
             )
     names = ("server-start", "slow-ways", "forward-shares", "operations", "memory", "growth")
     mine = [e for e in ENTRIES if e.name in names]
-    assert len(mine) == 6 and all(e.run(session, None, print) == [] for e in mine)
+    assert len(mine) == 6 and all(list(e.run(session, None, print)) == [] for e in mine)
+    assert len(given) == sum(map(len, races.values()))
     image, language = session.model("atlas-sd", "diffusion"), session.model("atlas-llama", "language")
     assert given["studio.growth_race.image_growth"][0] is image
     assert given["studio.naive_race.context_use"] == (language,)
+    assert given["studio.naive_image_race.audit"] == (image,)
+    assert given["studio.share_race.counted_shares"] == (image, language)
+    assert given["studio.share_race.vision_shares"][0].provides >= {"components"}
     folder, threads = given["studio.start_race.server_start"]
     assert threads == session.threads and not folder.exists()  # gone after the measurement
     assert given["studio.growth_race.language_floor"][0](2, 3).shape == (2, 3)
@@ -347,60 +396,3 @@ def test_entries_hand_their_models_over(session: Any, monkeypatch: pytest.Monkey
 def test_every_figure_of_issue_7_has_an_entry() -> None:
     names = {e.name for e in bench.ENTRIES}
     assert {"help", "server-start", "slow-ways", "forward-shares", "operations", "memory", "growth"} <= names
-
-
-# ---- the page ---------------------------------------------------------------------------------------------
-
-
-def record(*rows: tuple[str, Any, Any, str]) -> dict[str, Any]:
-    """A benchmark's record of rows (name, bar, holds, how)."""
-    results = [{"name": n, "value": 1.5, "unit": "x", "bar": b, "holds": h, "how": w} for n, b, h, w in rows]
-    return {"host": {"device": "cpu", "threads": 1, "versions": {"torch": "2"}}, "results": results}
-
-
-def test_the_page_says_what_is_reached_and_what_is_not() -> None:
-    rows = (
-        ("a", 2.0, False, "at least the bar; of 3|4"),
-        ("b", 2.0, True, "at most the bar; timed"),
-        ("growth: c in n", None, None, "fitted; twice"),
-        ("d", None, None, "seen"),
-    )
-    made = bench_page.page(record(*rows), "The machine was busy.")
-    assert (
-        made.startswith("# What it costs") and "Machine: device cpu, threads 1. The machine was busy." in made
-    )
-    assert "Not reached in this run: a." in made
-    assert "| a | 1.5 x | at least 2, **not reached** | of 3\\|4 |" in made
-    assert "| b | 1.5 x | at most 2, reached | timed |" in made
-    assert "## How costs grow" in made and "| c in n | 1.5 x | fitted; twice |" in made
-    assert "## More figures" in made and "| d | 1.5 x | seen |" in made and "## Memory" not in made
-    assert "All are reached." in bench_page.page(record(rows[1]))
-    assert "asked for\n" not in bench_page.page(record(rows[3])) and "Failed" not in made
-    broken = record(*rows) | {"failed": [{"name": "real-sd1", "error": "Memory ran out."}]}
-    assert "## Failed in this run\n\n- real-sd1: Memory ran out.\n" in bench_page.page(broken)
-
-
-def test_the_page_is_made_from_files(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    one, two = tmp_path / "1.json", tmp_path / "2.json"
-    one.write_text(json.dumps(record(("a", 1.0, True, "x"))))
-    two.write_text(json.dumps(record(("d", None, None, "y")) | {"failed": [{"name": "e", "error": "No."}]}))
-    assert bench_page.main([str(one), str(two), "--note", "Busy."]) == 0
-    made = capsys.readouterr().out
-    assert "| a |" in made and "| d |" in made and "Busy." in made and "- e: No." in made
-    for words, sentence in (
-        ([], "Which file"),
-        ([str(tmp_path / "none.json")], "none.json is not the file of a benchmark .FileNotFoundError"),
-        ([str(one), "--note"], "--note needs a sentence"),
-    ):
-        with pytest.raises(RequestError, match=sentence):
-            bench_page.main(words)
-    other = tmp_path / "3.json"
-    other.write_text(json.dumps(record() | {"host": {"device": "cuda"}}))
-    with pytest.raises(RequestError, match="was measured on another machine"):
-        bench_page.main([str(one), str(other)])
-
-
-def test_the_page_of_the_docs_is_one_of_these() -> None:
-    shown = (Path(bench_page.__file__).parents[1] / "assets" / "docs" / "benchmark.md").read_text("utf-8")
-    assert shown.startswith(bench_page.HEAD) and "| locus --help |" in shown
-    assert sum(f"## {title}\n" in shown for title, _ in bench_page.SECTIONS.values()) >= 3
