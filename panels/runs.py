@@ -15,7 +15,7 @@ from panels.runs_store import StoreTab
 from panels.runs_view import ASK, EMPTY, NOTHING, said_in
 from studio.errors import RequestError, StudioError
 from studio.models.catalog import ASSETS
-from studio.restore import restored
+from studio.restore import ManyRuns, restored
 from studio.run_bin import DAYS, Bin
 from studio.run_index import RunIndex, Summary, Wanted, chosen
 from studio.run_notes import Notes
@@ -380,8 +380,15 @@ class _Panel:
             opened = {self.tabs: gr.Tabs(selected=told[0]), self.out["handoff"]: told[1]}
             return {**out, **opened, self.out["status"]: found.said}
         except Exception as error:
-            said = widgets.spoken(error)
-            return {**out, self.out["status"]: said.replace(str(file), Path(file or "").name)}
+            said = widgets.spoken(error).replace(str(file), Path(file or "").name)
+            if isinstance(error, ManyRuns) and error.runs:
+                ticked = self.listed(*query[:8], list(error.runs))
+                return {
+                    **out,
+                    **ticked,
+                    self.out["status"]: f"{said} They are ticked: compare two, or draw a grid.",
+                }
+            return {**out, self.out["status"]: said}
 
 
 def _count(runs: int, found: int, page: int, pages: int, ticked: int) -> str:

@@ -17,6 +17,7 @@ from studio.errors import RequestError
 from studio.exports import new_folder, write_file
 from studio.figures import scaled, to_bytes
 from studio.palette import read_scale
+from studio.recipes import carried_of_many
 from studio.run_grid import (
     Cell,
     grid,
@@ -88,7 +89,9 @@ class Grid:
             out["held"]: gr.update(choices=others, value=only, visible=bool(others)),
             out["grid_said"]: f"{len(runs)} run{'' if len(runs) == 1 else 's'}: {made.said}",
         }
-        return update | self.shown(figure, made)
+        methods = {run.method for run in runs}
+        note = carried_of_many("grid", methods.pop() if len(methods) == 1 else "", [r.id for r in runs])
+        return update | self.shown(figure, made, note)
 
     def made(
         self, runs: list[Summary], shows: str, row: str, col: str, held: list[str] | None
@@ -123,10 +126,10 @@ class Grid:
         except (RequestError, OSError, ValueError, SyntaxError):
             return None
 
-    def shown(self, figure: Figure, made: Made) -> dict[Any, Any]:
-        """The figure on screen, where its cells can be clicked, and as files."""
+    def shown(self, figure: Figure, made: Made, note: Mapping[str, Any]) -> dict[Any, Any]:
+        """The figure on screen, where its cells can be clicked, and as files, which carry the note."""
         out, folder = self.out, new_folder()
-        files = {kind: to_bytes(figure, kind) for kind in ("png", "svg", "pdf")}
+        files = {kind: to_bytes(figure, kind, note) for kind in ("png", "svg", "pdf")}
         for kind, content in files.items():
             write_file(folder / f"grid.{kind}", content)
         update = {

@@ -7,20 +7,18 @@ The web server copies what it offers, so a folder is needed for as long as its r
 from __future__ import annotations
 
 import contextlib
-import errno
-import os
 import shutil
 import stat
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from studio.disk import half_written, reason
 from studio.errors import StudioError
-from studio.store import HIDDEN
 
 _PREFIX = "locus-export-"
 DAY = 24 * 3600.0
@@ -28,8 +26,15 @@ MOST = 32  # folders that are kept, of all studios of this person
 
 
 def new_folder() -> Path:
-    """An empty temporary folder for one export; the oldest ones make room, so that MOST are left."""
-    made = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    """An empty temporary folder for one export; the oldest ones make room, so that MOST are left. StudioError
+    when there is no room for one."""
+    try:
+        made = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    except OSError as error:
+        place, why = tempfile.tempdir or "The temporary folder", reason(error, "it")
+        raise StudioError(
+            f"{place} takes no file to download ({why}); make room there, or start with TMPDIR=FOLDER."
+        ) from error
     _remove([p for p in _folders() if p != made][MOST - 1 :])  # times may tie
     return made
 
@@ -63,20 +68,27 @@ def _remove(folders: Iterable[Path]) -> int:
 
 
 def to_zip(
-    folder: Path, target: Path, *, packed: bool = True, also: Mapping[str, Path] = MappingProxyType({})
+    folder: Path,
+    target: Path,
+    *,
+    packed: bool = True,
+    also: Mapping[str, Path] = MappingProxyType({}),
+    only: Sequence[Path] | None = None,
 ) -> Path:
-    """The whole folder as a zip file at `target`, with the files of `also` by their names in the zip; not
-    `packed`: as it is, for what can't be made smaller. StudioError when it can't be written."""
+    """The whole folder, or `only` these files of it, as a zip file at `target`, with the files of `also` by
+    their names in the zip; not `packed`: as it is, for what can't be made smaller. StudioError when it can't
+    be written."""
     try:
         with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as out:
-            for file in sorted(folder.rglob("*")):
+            for file in sorted(folder.rglob("*")) if only is None else only:
                 if file.is_file():
                     out.write(file, Path(folder.name) / file.relative_to(folder))
             for name, file in also.items():
                 out.write(file, Path(folder.name) / name)
     except OSError as error:
-        target.unlink(missing_ok=True)
-        raise StudioError(f"{target} could not be written: {_reason(error)}.") from error
+        with contextlib.suppress(OSError):
+            target.unlink(missing_ok=True)
+        raise StudioError(f"{target} could not be written: {reason(error, 'the folder')}.") from error
     return target
 
 
@@ -87,21 +99,16 @@ def zipped(folder: Path) -> Path:
     return target
 
 
-def _reason(error: OSError) -> str:
-    """Why something could not be written."""
-    return "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
-
-
 def write_file(path: Path, content: bytes) -> None:
     """Writes one file beside its place and renames it, in the place of an older one; StudioError when that
     fails."""
-    beside = path.absolute().parent / f"{HIDDEN}{os.getpid()}-{path.name[:50]}"
+    beside = path.absolute().parent / half_written(path.name)
     try:
         beside.parent.mkdir(parents=True, exist_ok=True)
         beside.write_bytes(content)
         beside.replace(path)
     except OSError as error:
-        raise StudioError(f"{path} could not be written: {_reason(error)}.") from error
+        raise StudioError(f"{path} could not be written: {reason(error, 'the folder')}.") from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
@@ -111,25 +118,27 @@ def write_file(path: Path, content: bytes) -> None:
 def export_folder(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder`, which is renamed to it when all is written and is gone otherwise;
     StudioError when that fails."""
-    beside = folder.absolute().parent / f"{HIDDEN}{os.getpid()}-{folder.name[:50]}"
+    beside = folder.absolute().parent / half_written(folder.name)
     try:
         beside.mkdir(parents=True)
         yield beside
         beside.rename(folder)
     except OSError as error:
-        raise StudioError(f"{folder} could not be written: {_reason(error)}.") from error
+        raise StudioError(f"{folder} could not be written: {reason(error, 'the folder')}.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_pipeline(pipe: Any, folder: Path) -> None:
     """Writes a diffusers pipeline as a folder, beside its place first; StudioError when that fails."""
-    beside = folder.absolute().parent / f"{HIDDEN}{os.getpid()}-{folder.name[:50]}"
+    beside = folder.absolute().parent / half_written(folder.name)
     try:
         beside.parent.mkdir(parents=True, exist_ok=True)
         pipe.save_pretrained(beside, safe_serialization=True)
         beside.rename(folder)
     except OSError as error:
-        raise StudioError(f"The model could not be saved as {folder}: {_reason(error)}.") from error
+        raise StudioError(
+            f"The model could not be saved as {folder}: {reason(error, 'the folder')}."
+        ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)

@@ -3,6 +3,7 @@ made it."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -12,11 +13,10 @@ import shutil
 import time
 from pathlib import Path
 
+from studio.disk import DAY, half_written, reason
 from studio.errors import RequestError, StudioError
 
-HIDDEN = ".partial-"  # how everything half-written begins
 MOST_PASSING = 64  # edits that single clicks made
-_DAY = 24 * 3600.0
 
 
 class KeptEdits:
@@ -31,12 +31,14 @@ class KeptEdits:
         not used for a day or MOST_PASSING newer ones came, unless it is kept for good meanwhile."""
         digest = hashlib.sha256(file.read_bytes()).hexdigest()
         if self.has_edit(digest) and (passing or self._place(digest).parent == self._edits):
-            self._place(digest).touch()
+            _use(self._place(digest))
             return digest
         target = (self._passing if passing else self._edits) / f"{digest}.safetensors"
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             copy_file(file, target)
+        except OSError as error:
+            raise StudioError(f"The edit could not be kept: {reason(error)}; the file is {file}.") from error
         except StudioError:
             if not target.exists():
                 raise
@@ -50,7 +52,7 @@ class KeptEdits:
             raise RequestError("That edit is no longer in the store; make it again or load its file.")
         place = self._place(digest)
         if place.parent == self._passing:
-            place.touch()
+            _use(place)
         return place
 
     def has_edit(self, digest: str) -> bool:
@@ -74,13 +76,21 @@ class KeptEdits:
         return sorted(self._passing.glob("*.safetensors"), key=_last_used, reverse=True)
 
     def _drop(self, files: list[Path]) -> int:
+        """Removes files; how many of them are gone. Those of a store that can't be written stay."""
         for file in files:
-            file.unlink(missing_ok=True)
-        return len(files)
+            with contextlib.suppress(OSError):
+                file.unlink(missing_ok=True)
+        return sum(not file.exists() for file in files)
 
     def sweep_edits(self) -> int:
         """Removes passing edits that were not used for a day; returns how many."""
-        return self._drop([f for f in self._unused() if time.time() - _last_used(f) > _DAY])
+        return self._drop([f for f in self._unused() if time.time() - _last_used(f) > DAY])
+
+
+def _use(file: Path) -> None:
+    """Notes that an edit was used now; on a store that can't be written it is used all the same."""
+    with contextlib.suppress(OSError):
+        file.touch()
 
 
 def _last_used(file: Path) -> float:
@@ -93,15 +103,15 @@ def _last_used(file: Path) -> float:
 
 def copy_file(source: Path, target: Path) -> None:
     """A copy of one file of a run, whole or not at all; StudioError when it can't be had."""
-    beside = target.parent / f"{HIDDEN}{os.getpid()}-{secrets.token_hex(4)}-{target.name[:50]}"
+    beside = target.parent / half_written(f"{secrets.token_hex(4)}-{target.name}")
     try:
         shutil.copyfile(source, beside)
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, "it came into being meanwhile")
         beside.replace(target)
     except OSError as error:
-        raise StudioError(
-            f"{target} could not be written ({error.strerror}); the file is kept as {source}."
-        ) from error
+        why = reason(error, "its folder")
+        raise StudioError(f"{target} could not be written ({why}); the file is kept as {source}.") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)

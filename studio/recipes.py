@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from studio.errors import RequestError
 from studio.types import Recipe, Run
 
 FORMAT = 1  # of recipes and of run.json
+MOST_RUNS = 1000  # ids in a file of many runs
 _LISTS = ("seeds", "edits")
 _TEXTS = ("method", "model")
 
@@ -48,6 +49,13 @@ def carried(run: Run) -> dict[str, Any]:
         "arrays": {name: digest(trace.values) for name, trace in run.result.arrays.items()},
     }
     return run.recipe.as_dict() | {"key": run.key, "locus": about}
+
+
+def carried_of_many(what: str, method: str, runs: Sequence[str]) -> dict[str, Any]:
+    """What an exported file of many runs says of them: `what` made it (sweep or grid), and the runs' ids."""
+    known = [run for run in runs if run]
+    about = {"format": FORMAT, "of": what, "count": len(runs), "runs": known[:MOST_RUNS]}
+    return {"method": method, "locus": about}
 
 
 def as_text(note: Mapping[str, Any]) -> str:

@@ -4,7 +4,10 @@ anything does."""
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import fields
+from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,10 +19,11 @@ from studio.errors import RequestError
 from studio.models.loading import locate
 from studio.provenance import versions
 from studio.recipes import difference, digest
+from studio.registry import find_method
 from studio.restore import located
 from studio.session import Session
-from studio.store import Store, check_free, read_run
-from studio.types import Result, Run
+from studio.store import Store, check_free, damaged_images, read_run
+from studio.types import Recipe, Result, Run
 
 TOLERANCE = 1e-4
 _HOST = ("device", "dtype", "threads", "batch")
@@ -34,7 +38,10 @@ def find_old(where: str, runs: str | None = None) -> tuple[Run, Mapping[str, str
     """
     found = located(where, Store(runs or _default_runs()))
     if isinstance(found, Path):
-        return _whole(read_run(found)), {}
+        run = _whole(read_run(found))
+        for file in damaged_images(found):
+            run.result.images[file.stem]  # says what is wrong with it, before anything is computed
+        return run, {}
     note = found.note
     if not note.arrays:
         raise RequestError(
@@ -129,7 +136,9 @@ def compare(old: Run, new: Run, digests: Mapping[str, str] = MappingProxyType({}
         if v
     ]
     if not identical:
-        said += _differences(old, new) or ["  Machine, versions and weights are those of then."]
+        said += [*_read_otherwise(old, new), *_differences(old, new)] or [
+            "  Machine, versions and weights are those of then."
+        ]
     return {
         "agrees": bool(agrees),
         "identical": bool(identical),
@@ -152,6 +161,45 @@ def _by_digest(digests: Mapping[str, str], new: Run) -> dict[str, float]:
     """{array: 0 or infinity}."""
     now = {name: digest(trace.values) for name, trace in new.result.arrays.items()}
     return {name: 0.0 if now.get(name) == then else float("inf") for name, then in digests.items()}
+
+
+def _read_otherwise(old: Run, new: Run) -> list[str]:
+    """What the run read beside the model, where that is not as it was: the keys differ, though weights,
+    number type and edits, which are in them too, do not."""
+    known = [("model", "fingerprint"), ("host", "dtype"), ("host", "scorer"), ("host", "edits")]
+    same = all(getattr(old, part).get(name) == getattr(new, part).get(name) for part, name in known)
+    if not same or not old.key or not new.key or old.key == new.key:
+        return []
+    then, now = ({**r.recipe.inputs, **r.recipe.params} for r in (old, new))
+    if others := [name for name, value in now.items() if then.get(name) != value]:
+        return [f"  Options that the run did not have then: {', '.join(others)}."]
+    if files := _files_of(old.recipe):
+        late = [f for f in files if _changed_at(f) > datetime.fromisoformat(old.started).timestamp()]
+        named = ", ".join(str(f) for f in (late or files)[:3])
+        more = f" and {len(late or files) - 3} more" if len(late or files) > 3 else ""
+        which = "An input file has changed since the run" if late else "One of its input files has changed"
+        return [f"  {which}: {named}{more}."]
+    return ["  The second scorer's weights are not the same as then."] if then.get("second_scorer") else []
+
+
+def _files_of(recipe: Recipe) -> list[Path]:
+    """The files that a recipe names, those in its folders too; a file that is gone is left as it is named."""
+    with contextlib.suppress(RequestError):
+        method = find_method(recipe.method)
+        given = {**recipe.inputs, **recipe.params}
+        knobs = [f for record in (method.inputs, method.params) for f in fields(record)]
+        named = [given.get(f.name) or () for f in knobs if f.metadata["paths"]]
+        paths = [Path(p) for part in named for p in ([part] if isinstance(part, str) else part)]
+        return [f for p in paths for f in (sorted(p.rglob("*")) if p.is_dir() else [p]) if not f.is_dir()]
+    return []
+
+
+def _changed_at(file: Path) -> float:
+    """When a file was written, in seconds; endless for one that is gone."""
+    try:
+        return file.stat().st_mtime
+    except OSError:
+        return math.inf
 
 
 def _differences(old: Run, new: Run) -> list[str]:

@@ -6,18 +6,19 @@ the whole run into the store. What a file is, its content says and not its name.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from studio.errors import RequestError
 from studio.exports import new_folder
-from studio.recipes import Note, carried, read_note
+from studio.recipes import MOST_RUNS, Note, carried, read_note
 from studio.registry import find_method, parse
 from studio.store import Store
 from studio.types import Recipe
@@ -39,10 +40,19 @@ class Restored:
     note: Note
 
 
+class ManyRuns(RequestError):
+    """A file that was made of many runs holds no recipe of one. runs: the ids of those that the store has."""
+
+    def __init__(self, sentence: str, runs: Sequence[str]) -> None:
+        super().__init__(sentence)
+        self.runs = tuple(runs)
+
+
 def restored(path: str | Path, store: Store) -> Restored:
     """What an exported file holds. A zip's run is put into the store, unless it is there already.
 
-    RequestError says in a sentence why a file is not taken; StudioError when the store can't be written.
+    RequestError says in a sentence why a file is not taken, ManyRuns that it was made of many runs;
+    StudioError when the store can't be written.
     """
     path = Path(path)
     name = _shown(path)
@@ -53,19 +63,55 @@ def restored(path: str | Path, store: Store) -> Restored:
         reason = getattr(error, "strerror", None) or "its name is no file's"
         raise RequestError(f"{name} can't be read: {reason}.") from error
     if head.startswith(b"PK"):
-        run, new = import_zip(path, store)
-        note = read_note(carried(run), name)
-        said = (
-            f"The run is in the store now, as {run.id}." if new else f"The run is in the store, as {run.id}."
-        )
-        return Restored(run.recipe, run.id, said, note)
-    note = read_note(_text_of(path, head, name), name)
+        return of_zip(path, store)
+    text = _text_of(path, head, name)
+    _refuse_many(text, head, name, store)
+    note = read_note(text, name)
     note = replace(note, recipe=_checked(note.recipe, name))
     found = _in_store(store, note)
     if found:
         return Restored(note.recipe, found, f"The run is in the store, as {found}.", note)
     said = f"The run is not in this store; the recipe was read from {name}, run it to see its results again."
     return Restored(note.recipe, None, said, note)
+
+
+def _refuse_many(text: str | dict[str, Any], head: bytes, name: str, store: Store) -> None:
+    """ManyRuns for what a sweep or a grid wrote."""
+    about: Any = text
+    with contextlib.suppress(ValueError, RecursionError):
+        about = json.loads(text) if isinstance(text, str) else text
+    if not isinstance(about, dict) or "model" in about or "recipe" in about:
+        return
+    method = about.get("method")
+    if isinstance(about.get("runs"), int) and isinstance(about.get("key"), str):
+        about = {"locus": {"of": "sweep", "count": about["runs"]}}  # sweep.json
+    about = about.get("locus")
+    if not isinstance(about, dict) or about.get("of") not in ("sweep", "grid"):
+        return
+    ids = about["runs"][:MOST_RUNS] if isinstance(about.get("runs"), list) else []
+    there = [run for run in dict.fromkeys(ids) if isinstance(run, str) and _has(store, run)]
+    count = about["count"] if type(about.get("count")) is int else len(ids)
+    what = "figure" if head.startswith((b"\x89PNG", b"%PDF", b"<")) else "table"
+    what = "record" if head.lstrip().startswith(b"{") else what
+    told = f"{name} is the {what} of a {about['of']} of {count:,} run{'' if count == 1 else 's'}"
+    told += f" of {method[:60]}" if isinstance(method, str) and method else ""
+    here = f"{len(there):,} of them {'is' if len(there) == 1 else 'are'} in this store"
+    here = here if ids else "it names none of them"
+    raise ManyRuns(f"{told}, so it holds no recipe of one run; {here}.", there)
+
+
+def _has(store: Store, run: str) -> bool:
+    try:
+        return bool(store.path(run))
+    except RequestError:
+        return False
+
+
+def of_zip(path: Path, store: Store, *, own: bool = False) -> Restored:
+    """A zip's run, in the store now; own: it was made here, and is not marked as imported."""
+    run, new = import_zip(path, store, own=own)
+    said = f"The run is in the store{' now' if new else ''}, as {run.id}."
+    return Restored(run.recipe, run.id, said, read_note(carried(run), _shown(path)))
 
 
 def located(where: str, store: Store) -> Path | Restored:
@@ -134,6 +180,8 @@ def _text_of(path: Path, head: bytes, name: str) -> str | dict[str, Any]:
             if text:
                 return text
             break
+    if _MEANS in head.partition(b"\n")[0]:
+        return {"locus": {"of": "sweep", "count": _runs_of_means(head)}}
     raise RequestError(
         f"{name} holds no recipe of a run; take a figure, a table, a notebook, a recipe or a zip that Locus "
         "exported, as it was saved (other programs may have removed the recipe)."
@@ -196,11 +244,33 @@ def _of_csv(path: Path, head: bytes) -> str:
     return dict(zip(titles, first, strict=False)).get("recipe", "")
 
 
+def _of_sweep(path: Path, head: bytes) -> dict[str, Any]:
+    """The runs of sweep.csv, one a line."""
+    lines = list(csv.DictReader(io.StringIO(head.decode("utf-8-sig", "replace"), newline="")))
+    runs = [line["run"] for line in lines if line.get("run")]
+    return {"locus": {"of": "sweep", "count": len(lines), "runs": runs}}
+
+
+def _runs_of_means(head: bytes) -> int:
+    """How many runs stand behind combined.csv at most: its largest number of rows for each combination."""
+    lines = csv.DictReader(io.StringIO(head.decode("utf-8-sig", "replace"), newline=""))
+    most: dict[tuple, int] = {}
+    names = lines.fieldnames or []
+    varied = names[: names.index("array")] if "array" in names else []
+    for line in lines:
+        cell = tuple(line[name] for name in varied)
+        rows = line.get("rows") or ""
+        most[cell] = max(most.get(cell, 0), int(rows) if rows.isdecimal() else 0)
+    return sum(most.values())
+
+
+_MEANS = b"array,group,rows,place,mean,sem,low,high,unit"  # in the first line of combined.csv
 _READERS: tuple[tuple[bytes | tuple[bytes, ...], Callable[[Path, bytes], str | dict[str, Any]]], ...] = (
     (b"\x89PNG", _of_png),
     ((b"<?xml", b"<svg", b"<!DOCTYPE svg"), _of_svg),
     (b"%PDF-", _of_pdf),
     (b"{", _of_json),
     ((b"%", b"@"), _of_comment),
+    (b"number,run,status,", _of_sweep),
     (b"array,", _of_csv),
 )

@@ -14,8 +14,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from studio.disk import reason
 from studio.errors import RequestError, StudioError
-from studio.run_notes import Notes, reason
+from studio.run_notes import Notes
 from studio.store import Store
 
 DAYS = 30  # that a deleted run is kept

@@ -13,7 +13,9 @@ from studio.options import COMMON, parse_options
 RUN = "RUN is the id of a run in the store, a run folder, its zip, or any file that was exported of it."
 _REPLAY = f"Runs a run's recipe again, on the threads and the batch of the run, and compares. {RUN}"
 _EXPORT = f"Writes a run in the formats that papers and other programs take. {RUN}"
-_IMPORT = "Takes the zip of a run into the store, or says which run or recipe an exported file holds."
+_IMPORT = (
+    "Takes the zip or the folder of a run into the store, or says which run or recipe an exported file holds."
+)
 
 
 def replay(argv: list[str]) -> int:
@@ -52,7 +54,7 @@ def export(argv: list[str]) -> int:
     from studio.exports import export_folder
     from studio.palette import read_scale
     from studio.run_export import export as write
-    from studio.store import check_free
+    from studio.store import check_free, damaged_images
 
     wanted, dpi = read_kinds(given.get("formats", ",".join(QUICK))), read_dpi(given.get("dpi", "150"))
     scale = read_scale(given.get("scale", ""), "--scale")
@@ -64,6 +66,8 @@ def export(argv: list[str]) -> int:
         missing = [k for k in wanted if k not in files]
         if not files:
             raise RequestError(f"This run has no {missing[0]}: {MISSING[missing[0]]}.")
+    for file in damaged_images(folder) if "zip" in files else ():
+        print(f"locus: warning: {file.name} is damaged, so the zip goes without it.", file=sys.stderr)
     for kind in missing:
         print(f"locus: warning: There is no {kind} of this run: {MISSING[kind]}.", file=sys.stderr)
     shown = {kind: str(out / file.name) for kind, file in files.items()}
@@ -74,11 +78,18 @@ def export(argv: list[str]) -> int:
 def import_run(argv: list[str]) -> int:
     """import: an exported zip into the store; of another exported file, which run or recipe it holds"""
     options = {"runs": (str, *COMMON["runs"], "")}
-    asked = "Which file? `locus import FILE`, a zip or another file that Locus exported of a run."
+    asked = "Which file? `locus import FILE`, a zip, a run folder or another file that Locus exported."
     where, given = _asked("import", "FILE", _IMPORT, options, argv, asked)
-    from studio.restore import restored
+    from studio.rescue import taken_in
+    from studio.restore import ManyRuns, restored
 
-    found = restored(Path(where).expanduser(), _store(given.get("runs")))
+    store, path = _store(given.get("runs")), Path(where).expanduser()
+    try:
+        found = taken_in(path, store) if path.is_dir() else restored(path, store)
+    except ManyRuns as many:
+        told = {"runs": many.runs, "said": str(many)}
+        print(json.dumps(told, ensure_ascii=False) if given["json"] else "\n".join([str(many), *many.runs]))
+        return 0
     recipe = found.recipe.as_dict()
     if given["json"]:
         print(json.dumps({"run": found.run_id, "recipe": recipe, "said": found.said}, ensure_ascii=False))

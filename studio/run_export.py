@@ -25,6 +25,7 @@ from studio.recipes import as_text, carried
 from studio.registry import Method, find_method
 from studio.store import read_run
 from studio.types import Figure, Run
+from studio.zip_import import run_files
 
 QUICK = ("svg", "png", "pdf", "csv", "zip")
 MORE = ("tex", "bib", "ipynb", "json")
@@ -68,7 +69,7 @@ def export(
         fine = f"-{dpi}dpi" if kind == "png" and dpi != figures.DPI else ""
         path = target / f"{folder.name}{fine}.{kind}"
         if kind == "zip":
-            files[kind] = to_zip(folder, path, also=_edits(source.run))
+            files[kind] = to_zip(folder, path, also=_edits(source.run), only=run_files(folder))
         elif content := (_figure(source, kind) if kind in figures.FORMATS else _MAKERS[kind](source)):
             write_file(path, content if isinstance(content, bytes) else content.encode())
             files[kind] = path

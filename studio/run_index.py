@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from studio.errors import RequestError
+from studio.run_record import check_record
 from studio.store import PARTS, Store, natural
 
 _APART = ("edits", "uploads", "notes", "stars", "corpora")  # folders of a store that hold no runs
@@ -107,6 +108,7 @@ def summary_of(folder: Path) -> Summary:
     """The summary of one run folder, whole or damaged."""
     try:
         record = json.loads((folder / PARTS[0]).read_text("utf-8"))
+        check_record(record, folder.name)
         recipe, values = record["recipe"], record["result"]["values"]
         inputs, params = dict(recipe["inputs"]), dict(recipe["params"])
         started = datetime.fromisoformat(record["started"]).astimezone(UTC).isoformat(timespec="seconds")
@@ -128,8 +130,11 @@ def summary_of(folder: Path) -> Summary:
             " ".join([*head, *texts_of(inputs), *found]).lower(),
             "" if (folder / PARTS[1]).is_file() else "its arrays.npz is not there",
         )
+    except RequestError as error:  # of a newer version
+        return _damaged(folder, str(error).rstrip("."))
     except _DAMAGE as error:
-        return _damaged(folder, f"its run.json can't be read ({type(error).__name__})")
+        why = str(error) if type(error) is ValueError and " must be " in str(error) else type(error).__name__
+        return _damaged(folder, f"its run.json can't be read ({why})")
 
 
 def _images(folder: Path) -> tuple[str, ...]:

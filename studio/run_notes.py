@@ -7,15 +7,14 @@ that two studios on one store need no lock and never undo each other's changes t
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import secrets
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from studio.disk import half_written, reason
 from studio.errors import RequestError, StudioError
-from studio.kept_edits import HIDDEN
 from studio.store import Store
 
 LONGEST = 20_000  # characters of a note
@@ -100,7 +99,7 @@ class Notes:
                 "its place."
             )
         file = self._notes / f"{run_id}.txt"
-        beside = self._notes / f"{HIDDEN}{os.getpid()}-{secrets.token_hex(4)}"
+        beside = self._notes / half_written(secrets.token_hex(4))
         with _said("The note could not be saved"):
             if not text:
                 file.unlink(missing_ok=True)
@@ -136,12 +135,3 @@ def _said(what: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise StudioError(f"{what}: {reason(error)}; everything else is as it was.") from error
-
-
-def reason(error: OSError) -> str:
-    """Why the disk did not do what was asked, in words."""
-    if error.errno == errno.ENOSPC:
-        return "the disk is full"
-    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-        return "the store's folder is read-only"
-    return error.strerror or type(error).__name__

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import tempfile
 import zipfile
@@ -23,16 +24,21 @@ from typing import Any
 import numpy as np
 
 from studio import figures
+from studio.disk import HIDDEN, half_written, left_behind, reason
 from studio.errors import RequestError, StudioError
-from studio.kept_edits import HIDDEN, KeptEdits
+from studio.kept_edits import KeptEdits
 from studio.kept_edits import copy_file as copy_file
-from studio.recipes import FORMAT, as_text, carried, check_format
+from studio.recipes import FORMAT, as_text, carried
+from studio.run_record import check_record
 from studio.types import Axis, Edit, Figure, Recipe, Result, Run, Trace
 
 EDIT_FILE = "edit.safetensors"  # in the folder of a run that made an edit
 MADE_FILE = "made.safetensors"  # in that of a run that made another file
 IMPORTED = "imported"  # in the host of a run that came as a zip
 QUOTA = 20 * 10**9
+_TRIAL = 2**18  # bytes that are written to see whether a run can be
+_NOT_YOURS = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+_PNG = (b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82")  # how the file begins and ends
 PARTS = ("run.json", "arrays.npz")  # what a folder holds that is a run, whole or damaged
 
 
@@ -45,7 +51,7 @@ class Store(KeptEdits):
 
     def save(self, run: Run, figure: Figure | None = None) -> Run:
         """Writes the run under a new id and returns it with that id."""
-        base = f"{re.sub(r'[^0-9]', '', run.started)[:14]}-{run.recipe.method}-{run.key[:8] or 'nokey'}"
+        base = run_name(run)
         for attempt in range(1000):
             name = base if not attempt else f"{base}-{attempt + 1}"
             if not (self.root / name).exists():
@@ -53,6 +59,22 @@ class Store(KeptEdits):
                     write_run(replace(run, id=name), self.root / name, figure)
                     return replace(run, id=name)
         raise StudioError(f"No free name for a run like {base} in {self.root}.")
+
+    def check_writable(self) -> None:
+        """StudioError when a run could not be kept now: it is tried, before hours go into one."""
+        beside = self.root / half_written(f"try-{secrets.token_hex(4)}")
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                beside.write_bytes(bytes(_TRIAL))
+            finally:
+                with contextlib.suppress(OSError):
+                    beside.unlink(missing_ok=True)
+        except OSError as error:
+            raise StudioError(
+                f"Nothing was run, since {self.root} could not keep it: {reason(error, 'that folder')}. Make "
+                "room there (`locus prune` removes old runs), or name another store with --runs."
+            ) from error
 
     def path(self, run_id: str) -> Path:
         """The folder of a run; RequestError when there is none, or the id is no plain name."""
@@ -74,13 +96,15 @@ class Store(KeptEdits):
         return read_run(self.path(run_id))
 
     def find(self, key: str, *, own: bool = False) -> Run | None:
-        """The newest finished run with this key, if it can be read. `own`: no imported one, whose numbers
-        somebody else vouches for."""
+        """The newest finished run with this key that is whole, its images too. `own`: no imported one, whose
+        numbers somebody else vouches for."""
         folders = self.root.glob(f"*-{key[:8]}*")
         for folder in sorted(folders, key=lambda f: natural(f.name), reverse=True):
             with contextlib.suppress(StudioError, OSError):
                 run = read_run(folder)
-                if run.key == key and run.status == "done" and not (own and run.host.get(IMPORTED)):
+                if run.key != key or run.status != "done" or own and run.host.get(IMPORTED):
+                    continue
+                if not damaged_images(folder):
                     return run
         return None
 
@@ -92,15 +116,15 @@ class Store(KeptEdits):
         return sorted((n for n in names if not n.startswith(".")), key=natural, reverse=True)
 
     def sweep_leftovers(self) -> int:
-        """Removes half-written folders of processes that are gone, and passing edits that were not used for
+        """Removes what processes that are gone left half-written, and passing edits that were not used for
         a day; returns how many of both."""
         gone = self.sweep_edits()
         if self.root.is_dir():
             for folder in self.root.glob(f"{HIDDEN}*"):
-                pid = folder.name.removeprefix(HIDDEN).split("-")[0]
-                if not pid.isdigit() or not _alive(int(pid)):
-                    shutil.rmtree(folder, ignore_errors=True)
-                    gone += 1
+                if left_behind(folder):
+                    with contextlib.suppress(OSError):
+                        folder.unlink() if folder.is_file() else shutil.rmtree(folder)
+                        gone += 1
         return gone
 
 
@@ -109,12 +133,9 @@ def natural(name: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return not isinstance(error, ProcessLookupError)
-    return True
+def run_name(run: Run) -> str:
+    """The id of a run in a store that has none like it."""
+    return f"{re.sub(r'[^0-9]', '', run.started)[:14]}-{run.recipe.method}-{run.key[:8] or 'nokey'}"
 
 
 def check_free(folder: Path) -> None:
@@ -133,12 +154,12 @@ def check_free(folder: Path) -> None:
     try:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-        with tempfile.TemporaryDirectory(dir=parent, prefix=HIDDEN):
+        with tempfile.TemporaryDirectory(dir=parent, prefix=half_written("try-")):
             pass  # tried, not asked: for root os.access says yes to everything
     except OSError as error:
-        raise RequestError(
-            f"{folder} can't be written: {parent} is no folder that you may write to."
-        ) from error
+        why = reason(error, "") if error.errno not in _NOT_YOURS else ""
+        why = f"{parent} has no room, {why}" if why else f"{parent} is no folder that you may write to"
+        raise RequestError(f"{folder} can't be written: {why}.") from error
 
 
 def check_free_file(given: str, option: str, suffix: str) -> Path:
@@ -151,10 +172,10 @@ def check_free_file(given: str, option: str, suffix: str) -> Path:
     if not os.path.isdir(path.absolute().parent):
         raise RequestError(f"{option}: there is no folder {path.absolute().parent}; make it first.")
     try:
-        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=HIDDEN):
+        with tempfile.TemporaryDirectory(dir=path.absolute().parent, prefix=half_written("try-")):
             pass
     except OSError as error:
-        raise RequestError(f"{path} can't be written: {error.strerror}.") from error
+        raise RequestError(f"{path} can't be written: {reason(error, 'its folder')}.") from error
     return path
 
 
@@ -162,7 +183,7 @@ def write_run(run: Run, folder: Path, figure: Figure | None = None) -> None:
     """Writes a run folder beside its place and renames it; FileExistsError when the place is taken,
     StudioError on a full disk."""
     folder = Path(folder)
-    beside = folder.parent / f"{HIDDEN}{os.getpid()}-{folder.name[:50]}"  # a long name must still fit
+    beside = folder.parent / half_written(folder.name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(beside, ignore_errors=True)
@@ -174,8 +195,8 @@ def write_run(run: Run, folder: Path, figure: Figure | None = None) -> None:
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY) or isinstance(error, FileExistsError):
             raise FileExistsError(folder) from error
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
-        raise StudioError(f"The run could not be saved in {folder.parent}: {reason}.") from error
+        why = reason(error, "that folder")
+        raise StudioError(f"The run could not be saved in {folder.parent}: {why}.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 
@@ -221,7 +242,7 @@ def write_tensors(tensors: Mapping[str, np.ndarray], note: Mapping[str, str], pa
         header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
     head = json.dumps(header, ensure_ascii=False).encode()
     head += b" " * (-len(head) % 8)
-    beside = path.parent / f"{HIDDEN}{os.getpid()}-{path.name[:50]}"
+    beside = path.parent / half_written(path.name)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as opened:
@@ -230,10 +251,10 @@ def write_tensors(tensors: Mapping[str, np.ndarray], note: Mapping[str, str], pa
                 opened.write(np.ascontiguousarray(tensor, tensor.dtype.newbyteorder("<")).data)
         beside.replace(path)
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
-        raise StudioError(f"{path} could not be saved: {reason}.") from error
+        raise StudioError(f"{path} could not be saved: {reason(error, 'its folder')}.") from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def as_record(run: Run) -> dict[str, Any]:
@@ -264,8 +285,24 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def damaged_images(folder: Path) -> list[Path]:
+    """The images of a run folder that are cut short or are no PNG, as far as their ends tell; nothing is
+    decoded."""
+    return [file for file in sorted((folder / "images").glob("*.png")) if not _ends_whole(file)]
+
+
+def _ends_whole(file: Path) -> bool:
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(_PNG[0]))
+            opened.seek(max(file.stat().st_size - len(_PNG[1]), 0))
+            return (start, opened.read()) == _PNG
+    except OSError:
+        return False
+
+
 class Images(Mapping):
-    """A run's images, read from its folder when they are asked for."""
+    """A run's images, read from its folder when they are asked for; RequestError for one that is damaged."""
 
     def __init__(self, folder: Path) -> None:
         self._files = {f.stem: f for f in sorted(folder.glob("*.png"))}
@@ -273,8 +310,15 @@ class Images(Mapping):
     def __getitem__(self, name: str) -> np.ndarray:
         from PIL import Image
 
-        with Image.open(self._files[name]) as opened:
-            return np.asarray(opened.convert("RGB"))
+        file = self._files[name]
+        try:
+            with Image.open(file, formats=["PNG"]) as opened:
+                return np.asarray(opened.convert("RGB"))
+        except (*_DAMAGE, SyntaxError, Image.DecompressionBombError) as error:
+            raise RequestError(
+                f"The image {file} of this run is damaged or gone; put a whole copy in its place, or delete "
+                "the run and make it again (its numbers can still be read)."
+            ) from error
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -297,7 +341,7 @@ def read_run(folder: str | Path) -> Run:
     folder = Path(folder)
     try:
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        check_format(record.get("format", FORMAT), f"The run in {folder}")
+        check_record(record, f"The run in {folder}")
         recipe, result = record["recipe"], record["result"]
         with (folder / "arrays.npz").open("rb") as opened, np.load(opened, allow_pickle=False) as stored:
             arrays = {
@@ -328,7 +372,7 @@ def read_run(folder: str | Path) -> Run:
             f"{folder} is no run folder: {Path(error.filename or 'run.json').name} is not there."
         ) from error
     except _DAMAGE as error:
+        why = str(error) if type(error) is ValueError and " must be " in str(error) else type(error).__name__
         raise RequestError(
-            f"The run in {folder} is damaged and can't be read ({type(error).__name__}); other runs are not "
-            "touched."
+            f"The run in {folder} is damaged and can't be read ({why}); other runs are not touched."
         ) from error

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from studio import figures
+from studio.disk import HIDDEN
 from studio.errors import Cancelled, RequestError, StudioError
 from studio.exports import write_file
+from studio.recipes import carried_of_many
 from studio.registry import Method
 from studio.runners import Runner, sentence_of
-from studio.store import HIDDEN, Store, check_free
+from studio.store import Store, check_free
 from studio.sweep_file import Point, Sweep
 from studio.sweep_tables import MOST_ENTRIES, combine, combined_table, draw, runs_table
 from studio.types import Figure, Recipe, Result, Run
@@ -204,7 +206,7 @@ def _write(out: Path, sweep: Sweep, outcomes: Sequence[Outcome], store: Store) -
     write_file(out / "sweep.csv", runs_table(rows).encode())
     write_file(out / "combined.csv", combined_table(cells).encode())
     figure = _figure(sweep.method, cells, outcomes, store)
-    note = {"sweep": sweep.key, "method": sweep.method.name}
+    note = carried_of_many("sweep", sweep.method.name, [o.run for o in outcomes])
     for kind in figures.FORMATS if figure is not None else ():
         write_file(out / f"sweep.{kind}", figures.to_bytes(figure, kind, note))
 

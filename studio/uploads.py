@@ -17,9 +17,10 @@ import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from studio.disk import half_written, reason
 from studio.errors import RequestError, StudioError
 from studio.images import ENDINGS
-from studio.store import HIDDEN, Store
+from studio.store import Store
 
 MOST = 256  # sets
 MOST_BYTES = 8 * 2**30
@@ -56,7 +57,7 @@ class Uploads:
         listing = "\n".join(f"{name}\0{digest}" for name, (digest, _) in sorted(wanted.items()))
         found = hashlib.sha256(listing.encode()).hexdigest()[:32]
         if (self.root / found).is_dir():
-            os.utime(self.root / found)
+            _use(self.root / found)
             return found
         self._write(found, {name: file for name, (_, (file, _)) in wanted.items()})
         self._bound(found)
@@ -67,7 +68,7 @@ class Uploads:
         folder = self.root / str(set_id)
         if not _ID.fullmatch(str(set_id)) or not folder.is_dir() or folder.is_symlink():
             raise RequestError("These images are no longer kept; choose them again.")
-        os.utime(folder)
+        _use(folder)
         return folder
 
     def sweep(self, older: float = MONTH) -> int:
@@ -87,7 +88,7 @@ class Uploads:
 
     def _write(self, found: str, files: dict[str, Path]) -> None:
         """The set beside its place, then renamed."""
-        beside = self._store / f"{HIDDEN}{os.getpid()}-{secrets.token_hex(4)}-upload"
+        beside = self._store / half_written(f"{secrets.token_hex(4)}-upload")
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             beside.mkdir()
@@ -98,7 +99,10 @@ class Uploads:
         except OSError as error:
             if (self.root / found).is_dir():
                 return
-            raise StudioError(f"The images could not be kept: {error.strerror}; free some disk.") from error
+            raise StudioError(
+                f"The images could not be kept: {reason(error)}; free some disk, or name another store "
+                "with --runs."
+            ) from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
 
@@ -163,6 +167,12 @@ def _share(file: Path) -> float:
     except OSError:
         return 0.0
     return found.st_size / max(found.st_nlink, 1)
+
+
+def _use(folder: Path) -> None:
+    """Notes that a set was used now; on a store that can't be written it is used all the same."""
+    with contextlib.suppress(OSError):
+        os.utime(folder)
 
 
 def _used(folder: Path) -> float:

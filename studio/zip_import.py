@@ -24,11 +24,12 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from studio.disk import half_written, reason
 from studio.errors import RequestError, StudioError
 from studio.figures import FORMATS, to_bytes
 from studio.recipes import carried, check_format, digest, read_note
 from studio.registry import find_method
-from studio.store import EDIT_FILE, HIDDEN, IMPORTED, MADE_FILE, Store, read_run
+from studio.store import EDIT_FILE, IMPORTED, MADE_FILE, Store, damaged_images, read_run
 from studio.types import Run
 
 MOST_ENTRIES = 50_000
@@ -42,13 +43,13 @@ _LITTER = re.compile(r"__MACOSX/.*|(.*/)?(\.DS_Store|Thumbs\.db|desktop\.ini)")
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, ValueError)
 
 
-def import_zip(path: Path, store: Store) -> tuple[Run, bool]:
+def import_zip(path: Path, store: Store, *, own: bool = False) -> tuple[Run, bool]:
     """(the run under its id in the store, whether it is new there). A run that the store has is recognised by
-    its content; another run of the same id gets a new one."""
+    its content; another run of the same id gets a new one. own: it was made here, and is not marked."""
     try:
         with zipfile.ZipFile(path) as opened:
             files = dict(_entries(opened))
-            return _taken(opened, files, store)
+            return _taken(opened, files, store, own)
     except _DAMAGE as error:
         raise RequestError(
             f"{path.name[:80]} is a damaged zip and nothing was taken from it; export the run again."
@@ -86,11 +87,23 @@ def _check_entry(entry: zipfile.ZipInfo, name: str, seen: set[str]) -> None:
         raise _foreign(f"{shown} in it is a link or no plain file")
     if entry.flag_bits & 1:
         raise _foreign(f"{shown} in it is encrypted")
-    known = name in (*_KEPT, *_DRAWN) or _IMAGE.fullmatch(name) or _EDIT.fullmatch(name)
-    if not known:
+    if not _known(name) and not _EDIT.fullmatch(name):
         raise _foreign(f"{shown} in it is no file of a run")
     if name in seen:
         raise _foreign(f"{shown} is in it twice")
+
+
+def _known(name: str) -> bool:
+    """Whether a run folder has a file of that name."""
+    return name in (*_KEPT, *_DRAWN) or bool(_IMAGE.fullmatch(name))
+
+
+def run_files(folder: Path) -> list[Path]:
+    """The files of a run folder that belong to the run, whole as far as their ends tell: what else a person
+    put there, and images that were cut short, would have its zip refused."""
+    files = (f for f in sorted(folder.rglob("*")) if f.is_file() and not f.is_symlink())
+    cut = damaged_images(folder)
+    return [f for f in files if _known(f.relative_to(folder).as_posix()) and f not in cut]
 
 
 def _foreign(why: str) -> RequestError:
@@ -99,9 +112,11 @@ def _foreign(why: str) -> RequestError:
     )
 
 
-def _taken(opened: zipfile.ZipFile, files: Mapping[str, zipfile.ZipInfo], store: Store) -> tuple[Run, bool]:
+def _taken(
+    opened: zipfile.ZipFile, files: Mapping[str, zipfile.ZipInfo], store: Store, own: bool
+) -> tuple[Run, bool]:
     """Unpacks beside the runs, reads the run, and renames the folder to a free id."""
-    beside = store.root / f"{HIDDEN}{os.getpid()}-{secrets.token_hex(4)}-import"
+    beside = store.root / half_written(f"{secrets.token_hex(4)}-import")
     try:
         store.root.mkdir(parents=True, exist_ok=True)
         for part in ("images", "edits"):
@@ -111,13 +126,12 @@ def _taken(opened: zipfile.ZipFile, files: Mapping[str, zipfile.ZipInfo], store:
                 shutil.copyfileobj(source, target, 1 << 20)
         _take_edits(beside, store)
         run = _read(beside)
-        _mark(beside)
+        if not own:
+            _mark(beside)
         return _placed(run, beside, store, PurePosixPath(next(iter(files.values())).filename).parts[0])
     except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or type(error).__name__
-        raise StudioError(
-            f"The run could not be taken into {store.root}: {reason}; nothing is lost."
-        ) from error
+        why = reason(error, "that folder")
+        raise StudioError(f"The run could not be taken into {store.root}: {why}; nothing is lost.") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
 

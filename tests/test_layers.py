@@ -48,6 +48,7 @@ LEVELS = {
     **dict.fromkeys(("studio.start_race", "studio.growth_race", "studio.share_race"), 6),
     **dict.fromkeys(("studio.naive_race", "studio.bench_page", "studio.bench_cover"), 6),
     **dict.fromkeys(("studio.method_race", "studio.naive_image_race", "studio.naive_vision_race"), 6),
+    "studio.switch_race": 6,
     **dict.fromkeys(("studio.spurious_correlation", "studio.real_shapes"), 6),
     "panels": 7,
     **dict.fromkeys(("studio.cli", "studio.commands", "studio.run_commands", "studio.options", "launch"), 8),

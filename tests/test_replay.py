@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -229,3 +230,46 @@ def test_a_run_without_what_is_asked_for(tmp_path: Path, capsys: Any) -> None:
     assert [f.suffix for f in (tmp_path / "out").iterdir()] == [".svg"]
     with pytest.raises(RequestError, match="There is no method 'sorcery'"):
         repeat(str(folder), {"runs": str(tmp_path / "runs")})
+
+
+def test_an_input_image_that_changed_is_named(session: Any, tmp_path: Path) -> None:
+    """The file is another under its name: neither machine nor weights are the cause."""
+    from PIL import Image
+
+    for n, colour in enumerate(("red", "green", "blue", "white")):
+        Image.new("RGB", (16, 16), colour).save(tmp_path / f"{n}.png")
+        os.utime(tmp_path / f"{n}.png", (1, 1))
+    asked = Recipe("decompose", "atlas-clip", {"images": [str(tmp_path)]})
+    old = session.run(asked, fresh=True, save=False)
+    Image.new("RGB", (16, 16), "black").save(tmp_path / "2.png")
+    new = session.run(asked, fresh=True, save=False)
+    os.utime(tmp_path / "2.png", (2e9, 2e9))
+    said = compare(old, new)["said"]
+    assert f"  An input file has changed since the run: {tmp_path}/2.png." in said
+    assert not any("are those of then" in s for s in said)
+    os.utime(tmp_path / "2.png", (1, 1))
+    said = "\n".join(compare(old, new)["said"])
+    names = ", ".join(f"{tmp_path}/{n}.png" for n in range(3))
+    assert f"One of its input files has changed: {names} and 1 more." in said
+    (tmp_path / "2.png").unlink()
+    gone = replace(asked, inputs={"images": [str(tmp_path / "2.png")]})
+    first, second = replace(old, recipe=gone, key="a" * 64), replace(new, recipe=gone)
+    assert f"has changed since the run: {tmp_path}/2.png." in "\n".join(compare(first, second)["said"])
+    fewer = replace(gone, params={})
+    assert "Options that the run did not have then: " in "\n".join(
+        compare(replace(first, recipe=fewer), new)["said"]
+    )
+    weights = replace(first, model={**first.model, "fingerprint": "0"})
+    assert "input file" not in "\n".join(compare(weights, second)["said"])
+
+
+def test_other_weights_of_the_second_scorer_are_said(kept: tuple) -> None:
+    _, run, _ = kept
+    audit = Recipe("audit", "atlas-sd", {}, {"second_scorer": "mine"})
+    trace = run.result.arrays["contribution"]
+    other = {"contribution": replace(trace, values=trace.values + 0.5)}
+    old = replace(run, recipe=audit, key="a" * 64, result=Result(other))
+    said = compare(old, replace(run, recipe=audit))["said"]
+    assert said[-1] == "  The second scorer's weights are not the same as then."
+    said = compare(replace(old, key=""), replace(run, recipe=audit))["said"]
+    assert said[-1] == "  Machine, versions and weights are those of then."

@@ -319,7 +319,7 @@ def test_a_zip_that_is_cut_short(home: Path, tmp_path: Path, kept: float) -> Non
 
 
 @pytest.mark.parametrize(
-    ("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "Read-only file system")]
+    ("number", "said"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "that folder is read-only")]
 )
 def test_a_store_that_cannot_be_written(
     home: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, said: str

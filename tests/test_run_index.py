@@ -80,7 +80,7 @@ def test_a_damaged_run_hides_no_other(store: Store) -> None:
     (store.root / "file").write_text("")
     found = {s.id: s for s in index.all()}
     assert set(found) == {*names, "deep"}
-    assert found[names[0]].fault == "its run.json can't be read (KeyError)"
+    assert found[names[0]].fault == "its run.json can't be read (recipe must be a table, not 1)"
     assert found[names[1]].fault == "its run.json is not there" and found[names[1]].status == "damaged"
     assert found[names[2]].fault == "its arrays.npz is not there" and found[names[2]].method == "generate"
     assert found["deep"].fault and found["deep"].title == found["deep"].fault

@@ -129,6 +129,6 @@ def test_nothing_half_written_stays(kept: Uploads, tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(uploads.shutil, "copyfile", full)
-    with pytest.raises(StudioError, match="could not be kept: No space left"):
+    with pytest.raises(StudioError, match="could not be kept: the disk is full; free some disk"):
         kept.keep([picture(tmp_path / "a", "one.png")])
     assert [f.name for f in (tmp_path / "runs").rglob("*")] == ["uploads"]
