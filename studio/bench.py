@@ -18,6 +18,7 @@ from studio.errors import RequestError, StudioError, sentence
 from studio.models.device import release
 from studio.models.precision import HALVES
 from studio.real_shapes import LAYOUTS, real_shape
+from studio.switch_race import switches
 
 _log = logging.getLogger("locus")
 Row = dict[str, Any]
@@ -284,6 +285,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("planted-vision", "planted", planted_vision),
     Entry("spurious-correlation", "planted", spurious_correlation),
     *(Entry(f"real-{layout}", "real-shapes", real_shape(layout)) for layout in LAYOUTS),
+    Entry("real-switches", "real-shapes", switches),
 )
 
 

@@ -22,8 +22,9 @@ from studio.errors import RequestError, StudioError, sentence
 from studio.models.catalog import ASSETS
 from studio.models.device import free_memory, peak_bytes, release
 from studio.models.loading import Source
-from studio.models.precision import HALVES, part_dtypes
+from studio.models.precision import HALVES, computed_in, part_dtypes
 from studio.planted import Quiet
+from studio.registry import find_method, parse
 
 Row = dict[str, Any]
 Config = Mapping[str, Any]
@@ -194,10 +195,9 @@ def matrix_rate(device: str, dtype: Any, side: int) -> float:
     return 2 * side**3 / min(watch.seconds(lambda: a @ a) for _ in range(5))
 
 
-def forward_cost(model: Any, rows: int) -> tuple[int, Callable[[], Any]]:
-    """(operations of one UNet forward of so many rows, the forward)."""
+def unet_forward(model: Any, rows: int) -> Callable[[], Any]:
+    """One UNet forward of so many rows of noise under one prompt."""
     import torch
-    from torch.utils.flop_counter import FlopCounterMode
 
     from studio.models.sampling import first_latents, raw_output
 
@@ -209,9 +209,16 @@ def forward_cost(model: Any, rows: int) -> tuple[int, Callable[[], Any]]:
         with torch.no_grad():
             return raw_output(model, x, t, cond, plan)
 
+    return forward
+
+
+def forward_cost(forward: Callable[[], Any]) -> int:
+    """Operations of a forward."""
+    from torch.utils.flop_counter import FlopCounterMode
+
     with FlopCounterMode(display=False) as counter:
         forward()
-    return counter.get_total_flops(), forward
+    return counter.get_total_flops()
 
 
 def line(name: str, value: float | None, unit: str, how: str) -> Row:
@@ -221,8 +228,6 @@ def line(name: str, value: float | None, unit: str, how: str) -> Row:
 
 def run_method(name: str, model: Any, given: Config, rows: int) -> Any:
     """The Result of a method on a model that no catalogue knows."""
-    from studio.registry import find_method, parse
-
     method = find_method(name)
     return method.run(model, *parse(method, given, [0] if method.samples else None), None, Quiet(rows))
 
@@ -273,21 +278,14 @@ def _made(
 
 def _unet_parts(session: Any, model: Any, settings: Settings, say: Callable[[str], None]) -> Iterator[Part]:
     """One row of the UNet, images, a trace beside as many plain images, an edit."""
-    watch = Stopwatch(session.device)
-    flops, forward = forward_cost(model, 1)
+    watch, forward = Stopwatch(session.device), unet_forward(model, 1)
+    flops = forward_cost(forward)
     forward()
     one = min(watch.seconds(forward) for _ in range(3))
-    height = model.default_size()[0]
-    rate = matrix_rate(session.device, model.dtype, max(64, min(8192, 16 * height)))
-    share = f"{flops / one / 1e12:.3g} of {rate / 1e12:.3g} TFLOP/s that a matrix product reaches here"
-    yield (
-        "UNet, one row",
-        lambda: line("UNet, one row", one, "s", f"{flops / 1e9:.4g} GFLOP, {share}{watch.said()}"),
-    )
-    params = SimpleNamespace(guidance=7.5, steps=1, scheduler="ddim", height=None, width=None)
-    rows = settings.rows or session.row_memory.rows(
-        model.fingerprint, lambda: model.one_row(params), session.batch
-    )
+    said = f"{flops / 1e9:.4g} GFLOP, {flops / one / 1e12:.3g} TFLOP/s{watch.said()}"
+    yield "UNet, one row", lambda: line("UNet, one row", one, "s", said)
+    rows = settings.rows or rows_of(session, model)
+    yield "UNet, full batch", partial(_full_batch, session, model, flops, rows, one, settings)
     given = {"prompt": PROMPT, "steps": settings.steps, "metric": "distance"}
     sites = len(model.unet_sites(("cross-attention",)))
     trace = {**given, "subject": SUBJECT, "kinds": ["cross-attention"], "hint": False}
@@ -301,6 +299,25 @@ def _unet_parts(session: Any, model: Any, settings: Settings, say: Callable[[str
         ("edit (uce)", "edit", edit, 4 * one),
     ):
         yield name, partial(_timed, name, method, model, asked, rows, expected, watch, settings, say)
+
+
+def rows_of(session: Any, model: Any) -> int:
+    """Rows of one forward: those that --batch asks for, else as many as fit by what one row takes."""
+    params = SimpleNamespace(guidance=7.5, steps=1, scheduler="ddim", height=None, width=None)
+    return session._rows(model, params)
+
+
+def _full_batch(session: Any, model: Any, flops: int, rows: int, one: float, settings: Settings) -> Row:
+    """A forward of a whole batch, and its share of what the device can do at most."""
+    name, watch = "UNet, full batch", Stopwatch(session.device)
+    if (expected := 5 * rows * one) > settings.longest:
+        return _too_long(name, expected, session.device)
+    forward = unet_forward(model, rows)
+    forward()
+    seconds = min(watch.seconds(forward) for _ in range(3))
+    rate = matrix_rate(session.device, model.dtype, max(64, min(8192, 16 * model.default_size()[0])))
+    reached = f"{rows} rows, {flops * rows / seconds / 1e12:.3g} of {rate / 1e12:.3g} TFLOP/s that a matrix "
+    return line(name, seconds, "s", f"{reached}product reaches here{watch.said()}")
 
 
 def _language_parts(
@@ -333,12 +350,19 @@ def _timed(
 ) -> Row:
     """The seconds of a method, or why it isn't run."""
     if expected > settings.longest:
-        told = f"not run: about {expected / 60:,.0f} minutes on {watch.device}, by the time of one row"
-        return line(name, None, "s", told)
+        return _too_long(name, expected, watch.device)
     say(f"{name}, batches of {rows}")
     seconds = watch.seconds(lambda: run_method(method, model, given, rows))
     steps = f"{given['steps']} steps, " if "steps" in given else ""
+    kind = str(model.dtype).removeprefix("torch.")
+    if computed_in(find_method(method), kind)[1]:  # of which a session would make float32 ones
+        steps += f"on weights in {kind} as they are, "
     return line(name, seconds, "s", f"{steps}batches of {rows}{watch.said()}")
+
+
+def _too_long(name: str, expected: float, device: str) -> Row:
+    told = f"not run: about {expected / 60:,.0f} minutes on {device}, by the time of one row"
+    return line(name, None, "s", told)
 
 
 LAYOUTS = ("sd1", "sdxl", "llama-7b")

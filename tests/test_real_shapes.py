@@ -6,16 +6,19 @@ from __future__ import annotations
 import json
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from studio import real_shapes
+from studio import real_shapes, switch_race
 from studio.bench import ENTRIES, chosen, run_bench
-from studio.errors import RequestError
+from studio.errors import RequestError, StudioError
+from studio.models.device import RowMemory
 from studio.real_shapes import Settings, needed, real_shape
 from studio.session import Session
+from tests import layouts
 
 _UNET = {"norm_num_groups": 8, "layers_per_block": 1, "sample_size": 8}
 _VAE = {"norm_num_groups": 8, "layers_per_block": 1, "sample_size": 64, "block_out_channels": [8] * 4}
@@ -64,11 +67,13 @@ def test_a_trace_and_an_edit_run_at_any_size(session: Any, layout: str) -> None:
     asked = (
         ["weights", "one prompt", "trace-language", "knockout"]
         if layout == "llama-7b"
-        else ["weights", "UNet, one row", "plain images", "trace of", "edit (uce)"]
+        else ["weights", "UNet, one row", "UNet, full batch", "plain images", "trace of", "edit (uce)"]
     )
     assert len(rows) == len(asked) and said
     for row, part in zip(rows, asked, strict=True):
         assert row["name"].startswith(layout) and part in row["name"] and row["value"] > 0, row
+    if layout != "llama-7b":
+        assert rows[2]["how"].startswith("4 rows, ") and "that a matrix product reaches" in rows[2]["how"]
 
 
 @pytest.mark.parametrize(
@@ -90,6 +95,77 @@ def test_what_would_take_too_long_says_how_long(session: Any) -> None:
     rows = list(real_shape("llama-7b")(session, tiny("llama-7b", longest=0.0), print))
     assert [r["value"] is None for r in rows] == [False, False, True, True]
     assert "not run: about 0 minutes on cpu, by the time of one row" in rows[-1]["how"]
+    rows = list(real_shape("sd1")(session, tiny("sd1", longest=0.0), print))
+    assert [r["value"] is None for r in rows] == [False, False, True, True, True, True]
+
+
+def test_rows_are_those_asked_for_or_those_that_fit(session: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = layouts.model("sd1")
+    memory = RowMemory("cpu", free=lambda: 1000, measure=lambda call: call() or 100)
+    monkeypatch.setattr(session, "row_memory", memory)
+    assert real_shapes.rows_of(session, model) == 8
+    monkeypatch.setattr(session, "_given", True)
+    assert real_shapes.rows_of(session, model) == session.batch
+
+
+# ---- switches ---------------------------------------------------------------------------------------------
+
+
+def test_switches_need_a_gpu_and_say_so(session: Any) -> None:
+    rows = list(switch_race.switches(session, None, print))
+    assert [r["name"] for r in rows] == [f"switches, {name}" for name in switch_race.NAMES]
+    assert all(r["value"] is None and r["how"].startswith("needs a GPU: locus bench --only") for r in rows)
+    assert set(switch_race.sides_of(None, 1)) == set(switch_race.NAMES)
+
+
+def test_a_switch_is_measured_on_and_off_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    seconds = iter([2.0, 8.0, 1.0, 9.0, *[5.0, 10.0] * 3])
+    watch = SimpleNamespace(seconds=lambda call: call() or next(seconds))
+    sides = [(lambda s=s: order.append(f"set {s}"), lambda s=s: order.append(s)) for s in ("on", "off")]
+    row = switch_race.compared("x", *sides, watch, 4)
+    assert order == ["set on", "on", "set off", "off"] * 6  # the first round is not timed
+    assert (
+        row["value"] == 8.0 and "on 1 s, off 8 s, in turn, best of 5; SD 1, a forward of 4 rows" == row["how"]
+    )
+
+
+def test_both_sides_of_a_switch_give_the_same_output() -> None:
+    model, outputs = layouts.model("sd1"), []
+    for sides in (switch_race.memory_formats(model, 2), switch_race.compilers(model, 2, "eager")):
+        for prepare, call in sides:
+            prepare()
+            outputs.append(call())
+    assert model.compiled is None and len(outputs) == 4
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], atol=1e-4, rtol=1e-3)
+
+
+def test_a_model_that_returns_is_what_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = layouts.model("sd1")
+    before = [p.clone() for p in model.unet.parameters()]
+    _, (park, fetch) = switch_race.returns(model)
+    park()
+    assert fetch() is model
+    assert all(torch.equal(a, b) for a, b in zip(before, model.unet.parameters(), strict=True))
+
+
+def test_a_switch_that_fails_is_named_and_the_others_are_measured(
+    session: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> Any:
+        raise ValueError("no graph")
+
+    same = (lambda: None, lambda: None)
+    monkeypatch.setattr(session, "device", "cuda")
+    monkeypatch.setattr(switch_race, "random_model", lambda *_: None)
+    monkeypatch.setattr(switch_race, "release", lambda device: None)
+    monkeypatch.setattr(switch_race, "Stopwatch", lambda d: SimpleNamespace(seconds=lambda call: 1.0))
+    monkeypatch.setattr(switch_race, "sides_of", lambda *_: {"a": broken, "b": lambda: (same, same)})
+    found = switch_race.switches(session, Settings(rows=2), print)
+    assert next(found)["name"] == "switches, b"
+    with pytest.raises(StudioError, match="a: ValueError: no graph"):
+        next(found)
 
 
 def test_what_fails_does_not_keep_the_rest_from_running(
@@ -120,15 +196,18 @@ def test_half_precision_runs_whole(tmp_path: Path) -> None:
     """The command of the docs, at tiny sizes: nothing fails, nothing but the real shapes is run."""
     with closing(Session(runs=tmp_path / "runs", device="cpu", threads=1, dtype="bfloat16")) as half:
         entries = chosen(["real-shapes"], [])
-        assert [e.name for e in entries] == [f"real-{layout}" for layout in real_shapes.LAYOUTS]
+        assert all(e.name.startswith("real-") for e in entries) and len(entries) == 4
         settings = {f"real-{layout}": tiny(layout) for layout in TINY}
         record = run_bench(half, entries, settings, tmp_path / "b.json", print)
-    assert record["failed"] == [] and all(r["value"] for r in record["results"])
+    measured = [r for r in record["results"] if not r["name"].startswith("switches, ")]
+    assert record["failed"] == [] and len(measured) == 16 and all(r["value"] for r in measured)
+    (edit,) = [r for r in measured if r["name"] == "sd1, edit (uce)"]
+    assert "on weights in bfloat16 as they are" in edit["how"]
     assert "in bfloat16" in record["results"][0]["how"] and record["host"]["dtype"] == "bfloat16"
 
 
 def test_the_benchmark_has_them_in_a_group_of_their_own(session: Any, tmp_path: Path) -> None:
-    names = {f"real-{layout}" for layout in real_shapes.LAYOUTS}
+    names = {"real-switches", *(f"real-{layout}" for layout in real_shapes.LAYOUTS)}
     assert {e.name for e in ENTRIES if e.group == "real-shapes"} == names
     assert names & {e.name for e in chosen([], [])} == set()
     assert names == {e.name for e in chosen(["real-shapes"], [])}
