@@ -21,16 +21,28 @@ from studio.methods.component_roles import roles
 from studio.models.corpus import Statistics
 from studio.models.decomposition import Decomposition, head_labels
 from studio.models.vit_layouts import Attention
+from studio.models.vit_paths import AttentionPool
 from studio.models.vit_timm import timm_layout
 from studio.planted import Answer, Say, Trial, is_hit, ranked, row
 
 _VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 0}
 _SWIN = {"img_size": 32, "patch_size": 2, "embed_dim": 24, "depths": (2, 2, 1), "num_heads": (2, 3, 4)}
+_MAXVIT = {
+    "img_size": 32,
+    "embed_dim": (24, 48),
+    "depths": (1, 1),
+    "block_type": ("M", "M"),
+    "stem_width": 16,
+}
+_WINDOWS = {"transformer_dim_head": 12, "transformer_window_size": (4, 4), "num_classes": 0}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "class token": ("vit_tiny_patch16_224", _VIT),
     "mean pooling": ("vit_tiny_patch16_224", {**_VIT, "global_pool": "avg"}),
+    "registers": ("vit_tiny_patch16_224", {**_VIT, "reg_tokens": 4}),
+    "attention pool": ("vit_tiny_patch16_224", {**_VIT, "global_pool": "map"}),
     "LayerScale": ("deit3_small_patch16_224", {**_VIT, "init_values": 0.2}),
     "Swin": ("swin_tiny_patch4_window7_224", {**_SWIN, "window_size": 4, "num_classes": 0}),
+    "MaxViT": ("maxvit_nano_rw_256", {**_MAXVIT, **_WINDOWS}),
 }
 IMAGES = 96
 ROUNDS = 6  # of setting all heads to the same size
@@ -60,7 +72,12 @@ class Grown:
         self.whole = Decomposition(timm_layout(family, self.net), torch.device("cpu"))
         coarse = self._noise(IMAGES, 3, 8, 8)
         self.pixels = nn.functional.interpolate(coarse, size=32, mode="bilinear")
-        self.direction = nn.functional.normalize(self._noise(self.whole.maps[-1].shape[-1]), dim=0)
+        self.pools = isinstance(self.whole.layout.path, AttentionPool)
+        found = self._noise(self.whole.maps[-1].shape[-1])
+        if self.pools:  # what its first head can write
+            first = self.whole.maps[-1][0].float()
+            found = found @ first.pinverse() @ first
+        self.direction = nn.functional.normalize(found, dim=0)
         self.roles: dict[str, Role] = {}
         self.size = float(self.whole.run(self.pixels).representation.var(0, unbiased=False).sum().sqrt())
         for part in self.whole.layout.attentions:
@@ -93,20 +110,29 @@ class Grown:
     def _lay(self, part: Attention, h: int, role: Role, read: torch.Tensor) -> None:
         maps = self.whole.maps[part.stage]  # (classes, width, dim)
         size = len(read)
-        qkv = part.sources[-1]
-        weight, bias = qkv.weight.unflatten(0, (3, part.heads, size)), qkv.bias.unflatten(0, (3, -1, size))
+        weight, bias = (_by_head(p, part, self._owner(part)) for p in part.sources[-1].parameters())
         if role.kind == "constant":
             weight[2, h] = 0
             bias[2, h] = read
         if role.twin is not None:
             weight[:, h], bias[:, h] = weight[:, role.twin].clone(), bias[:, role.twin].clone()
             self._copy_places(part, h, role.twin)
-        written = torch.linalg.pinv(maps.sum(0).double().T, rtol=1e-4).float() @ self.direction
-        written = nn.functional.normalize(written, dim=0)
+        written = nn.functional.normalize(self._towards(maps), dim=0)
         if role.kind == "off":
             written = self._elsewhere(maps, written)
         written = role.sign * written if part.gain is None else role.sign * written / part.gain
         part.out.weight.unflatten(1, (part.heads, size))[:, h] = torch.outer(written, read)
+
+    def _towards(self, maps: torch.Tensor) -> torch.Tensor:
+        """A vector (width,) that becomes the direction: through the sum of all classes of places, or in an
+        attention pool, whose heads are the classes, through the first head and no other."""
+        if not self.pools:
+            return torch.linalg.pinv(maps.sum(0).double().T, rtol=1e-4).float() @ self.direction
+        wanted = torch.zeros(maps.shape[0], maps.shape[2], dtype=torch.float64)
+        wanted[0] = self.direction
+        return (
+            torch.linalg.pinv(maps.double().transpose(1, 2).flatten(0, 1), rtol=1e-4) @ wanted.flatten()
+        ).float()
 
     def _elsewhere(self, maps: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """A vector as long as `like` that no class of places turns into the direction."""
@@ -115,10 +141,13 @@ class Grown:
         found = found - axes @ (axes.T @ found)
         return found * like.norm() / found.norm()
 
+    def _owner(self, part: Attention) -> nn.Module:
+        """The attention module whose last matrix is the part's."""
+        return next(m for m in self.net.modules() if getattr(m, "proj", None) is part.out)
+
     def _copy_places(self, part: Attention, h: int, twin: int) -> None:
-        for module in self.net.modules():
-            table = getattr(module, "relative_position_bias_table", None)
-            if table is not None and getattr(module, "proj", None) is part.out:
+        for module in self._owner(part).modules():  # Swin's own table, MaxViT's in a module of it
+            if (table := getattr(module, "relative_position_bias_table", None)) is not None:
                 table[:, h] = table[:, twin]
 
     @torch.no_grad()
@@ -148,6 +177,14 @@ class Grown:
         squares = {k: v.T @ v / IMAGES for k, v in off.items()}
         crosses = {k: v.T @ whole / IMAGES for k, v in off.items()}
         return Statistics(IMAGES, means, squares, crosses, z.mean(0), whole.T @ whole / IMAGES)
+
+
+def _by_head(p: torch.Tensor, part: Attention, owner: nn.Module) -> torch.Tensor:
+    """A view (3, heads, size, …) of the rows of a matrix, or of a bias, of queries, keys and values."""
+    size = part.out.in_features // part.heads
+    if getattr(owner, "head_first", False):  # MaxViT has q, k, v of one head after the other
+        return p.unflatten(0, (part.heads, 3, size)).transpose(0, 1)
+    return p.unflatten(0, (3, part.heads, size))
 
 
 class _Vectors:
