@@ -190,6 +190,25 @@ def test_a_pickle_beside_a_lora_is_never_opened(tmp_path: Path, seen: list[str])
     assert seen == [] and not (tmp_path / "sprung").exists()
 
 
+@pytest.mark.parametrize(
+    ("lost", "change", "says"),
+    [
+        ("text_model.embeddings", {}, "the file lacks its text encoder"),
+        ("nothing", {"vae": ["diffusers", "AutoencoderTiny"]}, "the file's autoencoder is no"),
+    ],
+)
+def test_what_a_file_lacks_is_not_taken_from_a_pickle_beside_it(
+    opened: Session, tmp_path: Path, seen: list[str], lost: str, change: dict[str, Any], says: str
+) -> None:
+    file = checkpoint(tmp_path / "model")
+    save_file({n: t for n, t in load_file(file).items() if lost not in n}, file)
+    layouts.edit_json(tmp_path / "model" / "tiny" / "model_index.json", **change)
+    poison(tmp_path / "model", tmp_path / "sprung")
+    seen.clear()
+    assert says in layouts.sentence(opened, file)
+    assert seen == [] and not (tmp_path / "sprung").exists()
+
+
 CONFIGS = {
     "a language model": ("config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
     "a CLIP": ("config.json", {"model_type": "clip"}),

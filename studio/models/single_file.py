@@ -8,15 +8,14 @@ Nothing is asked of the hub: CLIP's tokenizer is built from the merges that open
 from __future__ import annotations
 
 import gzip
-import shutil
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from studio.errors import RequestError
 from studio.models.catalog import ASSETS
+from studio.models.foreign import read_json
 
 _PREFIX = "model.diffusion_model."
 _MARKS = {
@@ -69,27 +68,30 @@ def load_checkpoint(file: Path, family: str, dtype: Any) -> Any:
     import diffusers
 
     cls = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusionPipeline
-    with TemporaryDirectory(prefix="locus-layout-") as folder:
-        _copy_configuration(layout(file, family), Path(folder))
-        options: dict[str, Any] = {"config": folder, "local_files_only": True, "torch_dtype": dtype}
-        options |= dict.fromkeys(("feature_extractor", "image_encoder"))
-        for name in ("tokenizer", "tokenizer_2") if family == "sdxl" else ("tokenizer",):
-            if not (Path(folder) / name).is_dir():
-                padding = "!" if (family, name) in _PADDED_BY_ZERO else "<|endoftext|>"
-                options[name] = clip_tokenizer(padding)
-        if family != "sdxl":
-            options |= {"safety_checker": None}
-        return cls.from_single_file(str(file), **options)
+    folder = layout(file, family)
+    _check_whole(file, folder)
+    options: dict[str, Any] = {"config": str(folder), "local_files_only": True, "torch_dtype": dtype}
+    options |= dict.fromkeys(("feature_extractor", "image_encoder"))
+    for name in ("tokenizer", "tokenizer_2") if family == "sdxl" else ("tokenizer",):
+        if not (folder / name).is_dir():
+            options[name] = clip_tokenizer("!" if (family, name) in _PADDED_BY_ZERO else "<|endoftext|>")
+    if family != "sdxl":
+        options |= {"safety_checker": None}
+    return cls.from_single_file(str(file), **options)
 
 
-def _copy_configuration(source: Path, folder: Path) -> None:
-    """Copies a folder's configurations and tokenizers, nothing else: what the file lacks, diffusers would
-    take from weights beside them, pickles among them."""
-    for file in sorted(source.glob("*")) + sorted(source.glob("*/*")):
-        if file.is_file() and file.suffix in (".json", ".txt") and not file.name.endswith(".index.json"):
-            place = folder / file.relative_to(source)
-            place.parent.mkdir(exist_ok=True)
-            shutil.copyfile(file, place)
+def _check_whole(file: Path, folder: Path) -> None:
+    """ValueError for a file that lacks a part: diffusers would take it from weights beside the configuration,
+    pickles among them."""
+    from diffusers.loaders.single_file_utils import is_clip_model_in_single_file
+    from safetensors import safe_open
+    from transformers import CLIPTextModel
+
+    with safe_open(file, "pt") as opened:
+        if not is_clip_model_in_single_file(CLIPTextModel, set(opened.keys())):
+            raise ValueError("the file lacks its text encoder")
+    if (vae := read_json(folder / "model_index.json").get("vae")) != ["diffusers", "AutoencoderKL"]:
+        raise ValueError(f"the file's autoencoder is no {vae}")
 
 
 def clip_tokenizer(padding: str) -> Any:
