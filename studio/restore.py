@@ -89,7 +89,7 @@ def _refuse_many(text: str | dict[str, Any], head: bytes, name: str, store: Stor
     if not isinstance(about, dict) or about.get("of") not in ("sweep", "grid"):
         return
     ids = about["runs"][:MOST_RUNS] if isinstance(about.get("runs"), list) else []
-    there = [run for run in dict.fromkeys(ids) if isinstance(run, str) and _has(store, run)]
+    there = [run for run in dict.fromkeys(i for i in ids if isinstance(i, str)) if _has(store, run)]
     count = about["count"] if type(about.get("count")) is int else len(ids)
     what = "figure" if head.startswith((b"\x89PNG", b"%PDF", b"<")) else "table"
     what = "record" if head.lstrip().startswith(b"{") else what

@@ -54,7 +54,7 @@ def export(argv: list[str]) -> int:
     from studio.exports import export_folder
     from studio.palette import read_scale
     from studio.run_export import export as write
-    from studio.store import check_free, damaged_images
+    from studio.store import check_free
 
     wanted, dpi = read_kinds(given.get("formats", ",".join(QUICK))), read_dpi(given.get("dpi", "150"))
     scale = read_scale(given.get("scale", ""), "--scale")
@@ -66,13 +66,19 @@ def export(argv: list[str]) -> int:
         missing = [k for k in wanted if k not in files]
         if not files:
             raise RequestError(f"This run has no {missing[0]}: {MISSING[missing[0]]}.")
-    for file in damaged_images(folder) if "zip" in files else ():
-        print(f"locus: warning: {file.name} is damaged, so the zip goes without it.", file=sys.stderr)
-    for kind in missing:
-        print(f"locus: warning: There is no {kind} of this run: {MISSING[kind]}.", file=sys.stderr)
+    told = [f"There is no {kind} of this run: {MISSING[kind]}." for kind in missing]
+    for sentence in [*told, *(_left_out(folder) if "zip" in files else ())]:
+        print(f"locus: warning: {sentence}", file=sys.stderr)
     shown = {kind: str(out / file.name) for kind, file in files.items()}
     print(json.dumps(shown, indent=1) if given["json"] else "\n".join(shown.values()))
     return 0
+
+
+def _left_out(folder: Path) -> list[str]:
+    """What the zip of a run goes without, in sentences."""
+    from studio.store import damaged_images
+
+    return [f"{file.name} is damaged, so the zip goes without it." for file in damaged_images(folder)]
 
 
 def import_run(argv: list[str]) -> int:

@@ -25,6 +25,8 @@ from panels.runs_grid import Grid
 from panels.runs_store import StoreTab
 from studio import palette
 from studio.errors import RequestError
+from studio.figures import to_bytes
+from studio.recipes import carried_of_many
 from studio.registry import find_method
 from studio.run_bin import Bin
 from studio.run_export import export
@@ -292,6 +294,21 @@ def test_a_method_without_a_panel_opens_here(panel: runs._Panel, store: Store) -
     assert update[panel.chosen] == run_id and update[panel.out["handoff"]] == ""
 
 
+def test_a_dropped_figure_of_many_runs_ticks_them(panel: runs._Panel, ids: list[str], tmp_path: Path) -> None:
+    figure = Figure("heat", {"rows": ["r"], "cols": ["x"], "values": np.ones((1, 1)), "unit": "u"})
+    file = tmp_path / "grid.svg"
+    for named, told in (
+        (ids[:2], "2 of them are in this store. They are ticked"),
+        (["gone"], "0 of them are"),
+    ):
+        file.write_bytes(to_bytes(figure, "svg", carried_of_many("grid", "lens", named)))
+        update = panel.drop(str(file), *ALL)
+        assert f"grid.svg is the figure of a grid of {len(named)} run" in said(panel, update)
+        assert told in said(panel, update) and update[panel.form["drop"]] is None
+        if named == ids[:2]:
+            assert update[panel.ticked] == named and update[panel.out["handoff"]] == ""
+
+
 def test_a_dropped_export_opens_its_run(
     panel: runs._Panel, ids: list[str], store: Store, tmp_path: Path
 ) -> None:
@@ -447,7 +464,9 @@ def test_a_grid_of_images_and_one_of_numbers(panel: runs._Panel, ids: list[str],
     assert said(panel, shot, "grid_said") == (
         f"Chosen: prompt a red house, guidance none, the run {ids[2]}. It stands under Run."
     )
-    assert Path(update[panel.out["grid_png"]].value["path"]).read_bytes()[:4] == b"\x89PNG"
+    made = Path(update[panel.out["grid_png"]].value["path"])
+    assert made.read_bytes()[:4] == b"\x89PNG"
+    assert "is the figure of a grid of" in said(panel, panel.drop(str(made), *ALL))
     numbers = tab.draw("total", "prompt", "guidance", [], "", *ALL)
     value = numbers[panel.out["grid_map"]]["value"]
     assert value["rows"] == ["a blue star", "a red house", "a red star"] and value["cols"] == ["5", "none"]
