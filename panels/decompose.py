@@ -63,6 +63,7 @@ class _Panel(Running):
         maps, also = ["figure", "texts", "beside"], [self.out["text"], self.out["shown"]]
         self.colours = colour_scale.ColourScale(self, maps, self.redrawn, also)
         self.side = Side(self.session, self.form, self.out, self.measured, self.colours.put)
+        self.warmed: set[str] = set()
         self.find = decompose_find.Find(self.session, self.form, self.out)
         shared = ("images", "said", "method", "model", "beside", "granularity")
         self.switched = [c for c in self.form if c not in shared and self.form[c] in self.named]
@@ -157,9 +158,16 @@ class _Panel(Running):
         return "Stopping …" if beside else said
 
     def warm(self, model: str) -> None:
-        """The tab was opened: its model is loaded meanwhile, so that the first run starts at once."""
+        """The tab was opened: a run that is not kept, so that the first one of the person starts at once."""
         try:
-            self.session.call(model, lambda m: None, user="warm-up", kind="vision")
+            if model in self.warmed:  # it may have left memory
+                self.session.call(model, lambda m: None, user="warm-up", kind="vision")
+                return
+            images = [str(file) for file in pictured.files_of(self.session, pictured.EXAMPLES)[:1]]
+            asked = {"images": images, "texts": ["a star"]}
+            recipe = Recipe("decompose", model, asked, decompose_form.space(model, {}), ())
+            self.session.run(recipe, user="warm-up", save=False)
+            self.warmed.add(model)
         except Exception:  # a run says what is wrong
             return
 

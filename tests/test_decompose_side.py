@@ -11,6 +11,7 @@ import pytest
 
 from panels import decompose_form
 from panels import decompose_images as pictured
+from panels.decompose import _Panel as Panel
 from panels.decompose_find import METHOD, Find
 from panels.decompose_side import Side
 from studio.errors import RequestError
@@ -160,6 +161,21 @@ def test_what_has_no_map_and_what_goes_wrong_is_said(side: Side, shown: tuple) -
     bare = Side(side.session, side.form, side.out, lambda kept: (Recipe("text-span", "m"), shown[1]), plain)
     (said,) = bare.look(PAGE, {"run": "x"}, "red", "", "block.3.head.0")
     assert not said["spread"]["visible"]
+
+
+def test_opening_the_tab_runs_once_and_keeps_nothing(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panel = Panel.__new__(Panel)
+    panel.session, panel.warmed, asked = session, set(), []
+    run = session.run
+    monkeypatch.setattr(session, "run", lambda recipe, **how: asked.append(how) or run(recipe, **how))
+    kept = set(session.store.root.glob("*"))
+    for _ in range(2):
+        panel.warm("atlas-vit")
+    panel.warm("no-such-model")
+    assert panel.warmed == {"atlas-vit"} and set(session.store.root.glob("*")) == kept
+    assert [how["save"] for how in asked] == [False, False]  # the second of atlas-vit only loads it
 
 
 # ---- search -----------------------------------------------------------------------------------------------

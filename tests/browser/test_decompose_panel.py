@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,29 @@ def test_answers_without_components_and_images_in_their_order(visit: Visit, tmp_
     said(page, "order-said", "10 images by likeness to red star on mint")
     page.click("#decompose-chosen .remove-all")
     said(page, "order-said", "No components are chosen")
+
+
+def test_first_map_of_an_image_comes_quickly(chromium: Any, studio: str, tmp_path: Path) -> None:
+    """A generous bound for a busy machine; the measured times are printed (1 s is asked for on quiet
+    cores)."""
+    visit, took = Visit(chromium, studio), []
+    visit.open()
+    page = opened(visit)
+    for seed in (21, 22):
+        if seed == 22:
+            page.click("#decompose-clear")
+            said(page, "said", "Choose images.")
+        upload(page, [noise(tmp_path, f"{seed}.png", seed)])
+        said(page, "said", "1 image.")
+        begun = time.monotonic()
+        page.click("#decompose-run")
+        page.wait_for_selector(f"#decompose-figure .caption >> text={seed}.png")
+        took.append(time.monotonic() - begun)
+        visit.status("Done", "decompose")
+        over(page)
+    print("first map of one image {:.2f} s after Run, of another {:.2f} s".format(*took))
+    visit.close()
+    assert max(took) < 15
 
 
 def test_uploads_are_kept_over_a_reload_and_bad_files_are_named(visit: Visit, tmp_path: Path) -> None:
