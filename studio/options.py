@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from studio.errors import RequestError
 from studio.models.catalog import DEFAULT_MODELS
 from studio.registry import REQUIRED, Method, base_type, hints
+from studio.sweep_file import plain_name
 
 Option = tuple[Any, str, str, str]  # type, metavar, help, default in words
 
@@ -97,8 +98,10 @@ def method_options(method: Method) -> dict[str, Option]:
         if key != "seeds" or method.samples:
             kind = list if key == "edit" else str
             options.setdefault(key, (kind, metavar, help_, defaults.get(key, "")))
-    if "prompt" in options:
-        told = "a run a line: a .txt file of prompts, or .jsonl or .csv with more inputs; tables go to --out"
+    if plain := plain_name(method):
+        told = (
+            f"a run a line: a .txt file of {plain}s, or .jsonl or .csv with more inputs; tables go to --out"
+        )
         options["prompts"] = (str, "FILE", told, "")
     if method.saves:
         options["save"] = (str, "FILE", f"also write the {method.saves} here; must not exist", "")

@@ -15,12 +15,13 @@ from studio.options import new_session
 from studio.registry import Method
 from studio.runners import Local
 from studio.sweep import check_out, fault_of, run_sweep
-from studio.sweep_file import prompt_sweep, recipes
+from studio.sweep_file import plain_name, prompt_sweep, recipes
 
 
 def run_prompts(method: Method, asked: dict[str, Any], given: dict[str, Any]) -> int:
     """Runs the method for every line, as a sweep does: started again, it repeats no finished run."""
-    apart = {"prompt": "the file says the prompts", "save": "each run makes a file of its own"}
+    plain = plain_name(method)
+    apart = {plain: f"the file says the {plain}s", "save": "each run makes a file of its own"}
     apart |= {"force": "a sweep lays an edit over its own weights alone"}
     for other, why in apart.items():
         if given.get(other):

@@ -28,6 +28,7 @@ from studio.types import Recipe
 MOST_RUNS = 1000  # of a sweep, unless --limit says otherwise
 HIGHEST_LIMIT = 100_000
 MOST_BYTES = 64 * 2**20  # of the sweep file and of its rows
+PLAIN = ("prompt", "concept", "text")  # what a line of a file of prompts may be
 _KEYS = ("method", "params", "grid", "rows")
 _OF_THE_COMMAND = ("device", "dtype", "threads", "batch", "runs", "models")
 _NEVER = ("out", "save", "json", "force")
@@ -86,17 +87,27 @@ def read_sweep(path: str, limit: int | None = None) -> Sweep:
 
 
 def prompt_sweep(method: Method, asked: Mapping[str, Any], source: Path, limit: int | None = None) -> Sweep:
-    """One run a line of a file of prompts (see `read_rows`); what a line does not say is as in `asked`.
-    RequestError when the method takes no prompt."""
-    if "prompt" not in _names(method):
-        raise RequestError(f"{method.name} takes no prompt, so it takes no file of prompts.")
+    """One run a line of a file of prompts (see `read_rows`), or of what the method has in their place; what a
+    line does not say is as in `asked`. RequestError when the method has nothing of the kind."""
+    plain = plain_name(method)
+    if not plain:
+        raise RequestError(
+            f"{method.name} takes no prompt, concept or text of its own, so it takes no file of them."
+        )
     rows: list[tuple[int | None, dict[str, Any]]] = [*read_rows(source)]
+    rows = [(line, {plain: row["prompt"]} if list(row) == ["prompt"] else row) for line, row in rows]
     unused = _unused(method, rows)
     rows = [(line, {k: v for k, v in row.items() if k not in unused}) for line, row in rows]
     _check_count(len(rows), limit)
     points = tuple(_points(method, asked, {}, rows, source.parent))
     whole = json.dumps([method.name, [p.asked for p in points]], sort_keys=True)
     return Sweep(method, points, hashlib.sha256(whole.encode()).hexdigest(), unused)
+
+
+def plain_name(method: Method) -> str:
+    """The input that a line of plain text is: a prompt, else a concept, else a text; "" when the method has
+    none of them (what takes several texts takes a file of them for one run)."""
+    return next((name for name in PLAIN if name in _names(method)), "")
 
 
 def recipes(

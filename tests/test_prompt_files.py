@@ -64,19 +64,23 @@ def test_jsonl_says_more_than_the_prompt(locus: Any, tmp_path: Path, capsys: Any
 
 
 @pytest.mark.parametrize("name", sorted(load_methods()))
-def test_every_method_with_a_prompt_takes_a_file(name: str, tmp_path: Path) -> None:
+def test_every_method_with_a_prompt_a_concept_or_a_text_takes_a_file(name: str, tmp_path: Path) -> None:
     from dataclasses import fields
 
     from studio.options import method_options
 
     method = find_method(name)
-    takes = any(f.name == "prompt" for c in (method.inputs, method.params) for f in fields(c))
-    assert ("prompts" in method_options(method)) == takes
+    known = [f.name for c in (method.inputs, method.params) for f in fields(c)]
+    plain = next((n for n in ("prompt", "concept", "text") if n in known), None)
+    options = method_options(method)
+    assert ("prompts" in options) == (plain is not None)
     file = written(tmp_path, "p.txt", *WORDS)
-    if takes:
-        assert [p.asked["prompt"] for p in prompt_sweep(method, {"model": "m"}, file).points] == WORDS
+    if plain:
+        assert f"file of {plain}s" in options["prompts"][2]
+        for told in (file, written(tmp_path, "p.jsonl", *map(json.dumps, WORDS))):
+            assert [p.asked[plain] for p in prompt_sweep(method, {"model": "m"}, told).points] == WORDS
         return
-    with pytest.raises(RequestError, match="takes no prompt, so it takes no file of prompts"):
+    with pytest.raises(RequestError, match="takes no prompt, concept or text of its own, so it takes no"):
         prompt_sweep(method, {}, file)
 
 
@@ -159,3 +163,19 @@ def test_csv_files_that_are_wrong(tmp_path: Path, lines: list[str], says: str) -
     with pytest.raises(RequestError) as error:
         read_rows(file)
     assert str(error.value).startswith(says.format(file=file))
+
+
+def test_a_file_of_concepts_makes_an_edit_a_line(locus: Any, tmp_path: Path, capsys: Any) -> None:
+    rows, out = ("concept,replacement", "star,circle", "cube,heart"), tmp_path / "out"
+    file = written(tmp_path, "c.csv", *rows)
+    options = ["--prompts", file, "--out", out]
+    assert locus("edit", *options, "--concept", "heart") == 2
+    assert (
+        "--prompts and --concept do not go together: the file says the concepts." in capsys.readouterr().err
+    )
+    assert locus("edit", *options, "--save", tmp_path / "e.safetensors") == 2
+    assert "--prompts and --save do not go together" in capsys.readouterr().err
+    assert locus("edit", *options) == 0 and capsys.readouterr().out.startswith("2 runs made")
+    made = [json.loads(f.read_text())["recipe"]["inputs"] for f in (tmp_path / "runs").glob("*/run.json")]
+    assert sorted(m["concept"][0] for m in made) == ["cube", "star"]
+    assert len(list((tmp_path / "runs").glob("*/edit.safetensors"))) == 2
