@@ -8,7 +8,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by gradio at import: no
 
 import gradio as gr
 
-from panels import api, decompose, edit, home, localize, models, retrieval, runs, trace
+from panels import api, decompose, edit, home, localize, models, retrieval, runs, trace, waking
 from panels.gate import Page
 from studio.session import Session
 
@@ -25,5 +25,6 @@ def build(session: Session) -> gr.Blocks:
                 with gr.Tab(panel.TITLE, id=panel.TITLE.lower(), elem_id=f"tab-{panel.TITLE.lower()}"):
                     panel.build(session)
         api.build(session)
+        waking.wire(page)
     page.queue(api_open=False, default_concurrency_limit=None, max_size=256)
     return page

@@ -99,14 +99,9 @@ class _Panel(Running):
         for listen in (*also, *(event.then for event in (started, picked, mean, *recoloured))):
             listen(self.side.beside, second, self.side.shown["model"], **STREAM)
         self._wire_clicks(place, seen)
-        again = [
-            out["chosen"].change,
-            out["by"].input,
-            out["csv"].upload,
-            out["csv"].clear,
-            out["second"].change,
-        ]
-        gr.on([*again, out["text"].input], self.recount, chosen, told, trigger_mode="always_last", **QUIET)
+        read = [out["csv"].upload, out["csv"].clear]
+        again = [out["chosen"].change, out["by"].input, *read, out["second"].change, out["text"].input]
+        gr.on(again, self.recount, chosen, told, trigger_mode="always_last", **QUIET)
         for event in (started, self.reopened):
             event.then(self.recount, chosen, told, **QUIET)
         self._wire_truly()

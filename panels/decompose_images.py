@@ -13,7 +13,7 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from panels import widgets
+from panels import waking, widgets
 from panels.running import QUIET, STREAM
 from studio.atlas.world import ATTRIBUTES
 from studio.errors import RequestError, StudioError
@@ -167,8 +167,7 @@ class Chooser:
             outputs = [*here, form["texts"], form["method"]]
             done = form[f"try-{name}"].click(_example(self, tried), None, outputs, **QUIET)
             done.then(None, None, None, js=PRESS)
-        page = gr.context.Context.root_block
-        page.load(self.reloaded, self.kept, here[:3], **QUIET)
+        waking.when_asked(lambda: True, [], self.reloaded, [self.kept], here[:3], **QUIET)
 
     def shown(self, set_id: str, said: str) -> list[Any]:
         """Another set of images: id, thumbnails, sentence, and what the browser keeps."""
@@ -198,7 +197,7 @@ class Chooser:
         """An image was dropped or pasted; its field is empty again."""
         return [*self.take([file] if file else [], set_id), None]
 
-    def reloaded(self, kept: dict | None) -> list[Any]:
+    def reloaded(self, _: bool, kept: dict | None) -> list[Any]:
         """The page is there: the images that this browser had, else the examples."""
         set_id = kept.get("images") if isinstance(kept, dict) else None
         try:

@@ -115,7 +115,7 @@ class _Panel(Running):
         self.then_look(out["takeover"].select(self.take_over, here, taken, **QUIET))
         kept = [self.saved, *self.looks[1:]]
         restored = [form["model"], out["prompt"], out["look"], *self.changed]
-        self.then_look(waking.when_asked(self.kept_here, self.saved, self.restore, kept, restored, **QUIET))
+        self.then_look(waking.when_asked(self.kept_here, [self.saved], self.restore, kept, restored, **QUIET))
 
     def wire_beside(self) -> None:
         """Connects what leaves the stack as it is: files, grids, and the choice of layers."""

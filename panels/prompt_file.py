@@ -83,7 +83,7 @@ class PromptFile:
         started = out["all"].click(self.run_all, asked, told, **STREAM)
         out["stop"].click(self.stop, self.client, out["status"], **QUIET)
         back = list(dict.fromkeys([out["fold"], *shown, *told, *named, self.panel.out["status"]]))
-        found = waking.when_asked(self.awaited, self.client, self.restored, [self.client], back, **QUIET)
+        found = waking.when_asked(self.awaited, [self.client], self.restored, [self.client], back, **QUIET)
         loaded = found.then(self.again, self.client, told, **STREAM)
         gr.context.Context.root_block.unload(self.leave)
         return started, loaded

@@ -75,8 +75,7 @@ class Running(ABC):
         started = gr.on([form["run"].click, *also], self.start, {*self.named, self.state}, **runs)
         form["stop"].click(self.stop, self.client, out["status"], **QUIET)
         filled = list(dict.fromkeys([*shown, *self.named]))
-        waking.enable(form["run"])
-        loaded = waking.when_asked(self.awaited, self.client, self.again, [self.client], filled, **STREAM)
+        loaded = waking.when_asked(self.awaited, [self.client], self.again, [self.client], filled, **STREAM)
         gr.context.Context.root_block.unload(_leaver(self.viewers))
         opener, back = reopening.Opener(self.panel), [*shown, *self.named, *self.also_restored()]
         outputs = list(dict.fromkeys(back))

@@ -110,7 +110,7 @@ class _Panel:
         for event in (
             out["open"].click(self.open, self.query, shown, **QUIET),
             form["drop"].upload(self.drop, [form["drop"], *self.query], dropped, **STREAM),
-            waking.when_asked(self.address, None, self.linked, self.query, shown, **QUIET),
+            waking.when_asked(self.address, [], self.linked, self.query, shown, **QUIET),
         ):
             event.then(None, out["handoff"], None, js=script)
             self.then_export(event)

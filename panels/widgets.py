@@ -111,7 +111,7 @@ def seeds(panel: str, value: str, **options: Any) -> gr.Textbox:
 def run_buttons(panel: str, title: str = "Run") -> dict[str, gr.Button]:
     """Run (enabled once the page's handlers are alive) and Stop."""
     with gr.Row():
-        run = gr.Button(title, variant="primary", interactive=False, elem_id=f"{panel}-run")
+        run = gr.Button(title, variant="primary", elem_id=f"{panel}-run")
         stop = gr.Button("Stop", elem_id=f"{panel}-stop", interactive=False)
     return {"run": run, "stop": stop}
 

@@ -316,8 +316,8 @@ class Images(Mapping):
                 return np.asarray(opened.convert("RGB"))
         except (*_DAMAGE, SyntaxError, Image.DecompressionBombError) as error:
             raise RequestError(
-                f"The image {file} of this run is damaged or gone; put a whole copy in its place, or delete "
-                "the run and make it again (its numbers can still be read)."
+                f"The image {file.name} of the run {file.parent.parent.name} is damaged or gone; put a whole "
+                "copy in its place, or delete the run and make it again (its numbers can still be read)."
             ) from error
 
     def __contains__(self, name: object) -> bool:
