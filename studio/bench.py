@@ -290,13 +290,13 @@ ENTRIES: tuple[Entry, ...] = (
 
 
 def chosen(groups: Sequence[str], only: Sequence[str]) -> list[Entry]:
-    """The entries named, else those of these groups and of none; with real shapes, which are measured on a
-    GPU, those of the groups alone. RequestError for a name that does not exist."""
+    """The entries named, else those of these groups and of none, real shapes first: on a GPU most others are
+    left out. RequestError for a name that does not exist."""
     known = {e.name: e for e in ENTRIES}
     if wrong := [n for n in only if n not in known]:
         raise RequestError(f"There is no benchmark {wrong[0][:60]!r}; known: {', '.join(known)}.")
-    wanted = set(groups) if "real-shapes" in groups else {"", *groups}
-    return [known[n] for n in only] or [e for e in ENTRIES if e.group in wanted]
+    found = [e for e in ENTRIES if e.group in {"", *groups}]
+    return [known[n] for n in only] or sorted(found, key=lambda e: e.group != "real-shapes")
 
 
 def run_bench(
@@ -323,10 +323,11 @@ def run_bench(
 
 def left_out(session: Any, entry: Entry) -> Callable[..., list[Row]] | None:
     """In place of a measurement that this session cannot make: one row that says why."""
-    if not entry.cpu or (session.device == "cpu" and session.dtype not in HALVES):
+    half, elsewhere = session.dtype in HALVES, entry.cpu and session.device != "cpu"
+    if entry.group == "real-shapes" or not (half or elsewhere):
         return None
-    what = f"{session.device} in {session.dtype}"
-    how = f"left out on {what}: CPU seconds in float32 are compared; take --device cpu without --dtype"
+    why = "CPU seconds are compared; take --device cpu" if elsewhere else "its figure is one of float32"
+    how = f"left out on {session.device} in {session.dtype}: {why}"
     row = {"name": entry.name, "value": None, "unit": "", "bar": None, "holds": None, "how": how}
     return lambda *_: [row]
 

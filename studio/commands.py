@@ -150,7 +150,7 @@ def bench(argv: list[str]) -> int:
         "out": (str, "FILE", "required: the JSON file; must not exist", ""),
         "only": (tuple, "NAME", f"only these benchmarks: {', '.join(e.name for e in ENTRIES)}", ""),
         "planted": (bool, "", "also methods on models where it is known what is planted", ""),
-        "real_shapes": (bool, "", "alone: traces and edits at real sizes, on random weights", ""),
+        "real_shapes": (bool, "", "also traces and edits at real sizes, on random weights, first", ""),
         **sizes,
         **{k: (str, *COMMON[k], "") for k in ("models", "device", "dtype", "threads", "batch")},
         "json": (bool, "", "print the file's content too", ""),

@@ -214,8 +214,8 @@ def test_entries_have_names_of_their_own_and_are_chosen_by_them() -> None:
     always = [e for e in ENTRIES if not e.group]
     assert chosen((), ()) == always and len(always) >= 8
     assert {e.group for e in chosen(["planted"], ())} == {"", "planted"}
-    assert {e.group for e in chosen(["real-shapes"], ())} == {"real-shapes"}  # on a GPU: nothing else
-    assert {e.group for e in chosen(["planted", "real-shapes"], ())} == {"planted", "real-shapes"}
+    groups = [e.group for e in chosen(["planted", "real-shapes"], ())]
+    assert set(groups) == {"", "planted", "real-shapes"} and groups[0] == groups[3] == "real-shapes"
     assert [e.name for e in chosen(["real-shapes"], ["real-sd1", "help"])] == ["real-sd1", "help"]
     assert [e.name for e in chosen((), ["help"])] == ["help"]
     with pytest.raises(RequestError, match="There is no benchmark 'helpp'; known: help, "):
@@ -312,7 +312,7 @@ def test_cpu_seconds_are_left_out_in_half_precision_and_the_reason_is_said(
     record = run_bench(session, [Entry("slow", "", never, cpu=True)], {}, tmp_path / "b.json", print)
     (found,) = record["results"]
     assert list(found) == KEYS and found["value"] is None and record["failed"] == []
-    assert found["how"].startswith("left out on cpu in bfloat16: ") and "take --device cpu" in found["how"]
+    assert found["how"].startswith("left out on cpu in bfloat16: ") and found["how"].endswith("one of float32")
     ours = {e.name for e in ENTRIES if not e.group and not e.cpu}
     ours -= {"help", "server-start"}
     assert ours == {"locogen-cost", "unet-trace-cost", "text-encoder-trace-images"}  # our own loop alone
