@@ -18,6 +18,7 @@ from panels.running import QUIET
 from studio.models.device import device_name, free_memory, whole_memory
 from studio.models.listing import KINDS, Room, known_models
 from studio.run_index import RunIndex, Summary, texts_of
+from studio.run_quota import Watch
 from studio.session import Session
 
 RECENT = 4  # runs that are shown
@@ -38,10 +39,10 @@ class Home(Drawn):
 
 def build(session: Session, panels: Sequence[Any]) -> None:
     """Builds it inside the present Blocks; what changes is looked up again when a page is loaded."""
-    index = RunIndex(session.store)
+    index, watch = RunIndex(session.store), Watch(session.store)
 
     def now() -> dict[str, Any]:
-        return as_value(session, panels, index.all())
+        return as_value(session, panels, index.all()) | {"store": watch.said()}
 
     home = Home(as_value(session, panels, []), elem_id="home")
     gr.context.Context.root_block.load(now, None, home, **QUIET)

@@ -26,6 +26,7 @@ from studio import exports
 from studio.errors import RequestError
 from studio.models.catalog import ASSETS
 from studio.run_bin import Bin
+from studio.run_quota import Watch
 from studio.session import Session
 from studio.types import Recipe
 from studio.uploads import Uploads
@@ -214,6 +215,12 @@ def warm_up(session: Session) -> None:
     settle()
 
 
+def _tell_quota(session: Session) -> None:
+    """Says on the terminal that the store is over its quota."""
+    if said := Watch(session.store).count():
+        print(said, flush=True)
+
+
 def settle() -> None:
     """Leaves what is there for good, libraries and page, out of the garbage collector's rounds: to look
     through some 700,000 objects keeps every request waiting for half a second."""
@@ -238,7 +245,7 @@ def serve_forever(
     Uploads(session.store).sweep()
     app = new_app(session, host, auth, mcp=mcp)
     url = f"http://{'[' + host + ']' if ':' in host else host}:{opened.getsockname()[1]}"
-    server = _server(app, lambda: warm_up(session))
+    server = _server(app, lambda: (warm_up(session), _tell_quota(session)))
     print(f"Locus is at {url}  (Ctrl+C ends it; runs are kept in {Path(session.store.root)})", flush=True)
     if mcp:
         print(f"Tools for assistants (MCP) are at {url}/gradio_api/mcp/", flush=True)

@@ -14,7 +14,8 @@ from studio.errors import RequestError
 from studio.models.catalog import DEFAULT_MODELS
 from studio.options import COMMON, COMPILE, new_session, parse_options
 from studio.run_commands import export, import_run, replay
-from studio.store_commands import prune_runs, quota_of, runs
+from studio.run_quota import quota_of
+from studio.store_commands import prune_runs, runs
 
 
 def serve(argv: list[str]) -> int:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from pathlib import Path
 from typing import Any
 
 from studio.errors import StudioError
@@ -14,6 +15,7 @@ from studio.models.catalog import ASSETS, CATALOG
 from studio.models.device import default_threads, free_memory, pick_device
 from studio.models.loading import fingerprint, home
 from studio.provenance import versions
+from studio.run_quota import folder_size, over, quota_of, size_text
 
 _LEAST_MEMORY, _LEAST_DISK = 2 * 10**9, 10**9
 
@@ -56,9 +58,10 @@ def _writable(runs: str | None, facts: dict[str, Any]) -> list[str]:
             f"Runs can't be written to {folder} ({error.strerror}); give another folder with --runs or "
             f"LOCUS_HOME."
         ]
-    free = shutil.disk_usage(folder).free
-    facts["free disk"] = f"{free / 1e9:.1f} GB"
-    return [f"Less than 1 GB is free on the disk of {folder}; free some space."] if free < _LEAST_DISK else []
+    free, used = shutil.disk_usage(folder).free, folder_size(Path(folder))
+    facts |= {"runs take": size_text(used), "free disk": size_text(free)}
+    few = [f"Less than 1 GB is free on the disk of {folder}; free some space."] if free < _LEAST_DISK else []
+    return few + [said for said in [over(used, quota_of(None))] if said]
 
 
 def _embedded(name: str, entry: Any, facts: dict[str, Any]) -> list[str]:

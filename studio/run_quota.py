@@ -20,9 +20,9 @@ from pathlib import Path
 
 from studio.errors import RequestError, StudioError
 from studio.run_bin import Bin, Thrown
-from studio.run_index import Summary
+from studio.run_index import RunIndex, Summary
 from studio.run_notes import Notes
-from studio.store import Store
+from studio.store import QUOTA, Store
 from studio.uploads import DAY, Uploads
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -36,6 +36,14 @@ def parse_size(text: str, option: str = "--quota") -> int:
     if match is None or match[2].upper() not in _UNITS:
         raise RequestError(f"{option} must be a size such as 5GB or 20GiB, not {str(text)[:40]!r}.")
     return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def quota_of(given: str | None) -> int:
+    """The quota in bytes: what was given, else $LOCUS_QUOTA, else the default. RequestError for no size."""
+    if given is not None:
+        return parse_size(given)
+    named = os.environ.get("LOCUS_QUOTA", "")
+    return parse_size(named, "LOCUS_QUOTA") if named else QUOTA
 
 
 def size_text(count: float) -> str:
@@ -179,6 +187,43 @@ class Sizes:
         kept = sum(run.id in starred for run in runs)
         others = (edits, uploads, needed, tuple(doomed_sets))
         return Plan(quota, used, left, tuple(doomed_bin), tuple(doomed), kept, *others)
+
+
+class Watch:
+    """Says when a store is over its quota. Counted in the background: many runs take a while."""
+
+    def __init__(self, store: Store) -> None:
+        self._store, self._sizes, self._index = store, Sizes(store), RunIndex(store)
+        self._counting = threading.Lock()
+        self._latest = ""
+
+    def said(self) -> str:
+        """The sentence of the latest count, empty within the quota; a new count begins."""
+        if self._counting.acquire(blocking=False):
+            threading.Thread(target=self._begin, name="quota", daemon=True).start()
+        return self._latest
+
+    def _begin(self) -> None:
+        try:
+            self.count()
+        finally:
+            self._counting.release()
+
+    def count(self) -> str:
+        """The sentence as of now."""
+        plan = self._sizes.plan(self._index.all(), self._store.quota)
+        self._latest = over(plan.used, plan.quota)
+        return self._latest
+
+
+def over(used: int, quota: int) -> str:
+    """That so many bytes are more than the quota, and what to do; empty where they are not."""
+    if used <= quota:
+        return ""
+    return (
+        f"The store holds {size_text(used)}, more than its quota of {size_text(quota)}; `locus prune "
+        "--dry-run` and the tab Store of Runs show what could go."
+    )
 
 
 def upload_sizes(store: Store, runs: Sequence[Summary]) -> tuple[int, list[tuple[str, int]]]:

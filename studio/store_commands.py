@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from typing import Any
 
 from studio.errors import RequestError
 from studio.options import COMMON, parse_options
-from studio.run_quota import Plan, Sizes, parse_size, prune, size_text
-from studio.store import QUOTA, Store
+from studio.run_quota import Plan, Sizes, prune, quota_of, size_text
+from studio.store import Store
 
 _RUNS = "Runs in the store, newest first. WORDS must all occur in prompts, other inputs, notes or findings."
 _PRUNE = (
@@ -19,14 +18,6 @@ _PRUNE = (
     "names stay. Nothing can be put back afterwards."
 )
 _LISTED = ("id", "method", "model", "status", "started", "seconds", "title", "fault")
-
-
-def quota_of(given: str | None) -> int:
-    """The quota in bytes: what was given, else $LOCUS_QUOTA, else the default. RequestError for no size."""
-    if given is not None:
-        return parse_size(given)
-    named = os.environ.get("LOCUS_QUOTA", "")
-    return parse_size(named, "LOCUS_QUOTA") if named else QUOTA
 
 
 def opened(given: dict[str, Any]) -> Store:

@@ -6,15 +6,18 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from panels.server import _tell_quota
 from studio.cli import main
+from studio.doctor import examine
 from studio.run_bin import Bin
 from studio.run_index import RunIndex
-from studio.run_quota import Plan, Sizes, folder_size, prune
+from studio.run_quota import Plan, Sizes, Watch, folder_size, prune
 from studio.store import Store
 from studio.types import Recipe
 from studio.uploads import DAY, Uploads
@@ -140,3 +143,36 @@ def test_the_command_says_it_too(store: Store, tmp_path: Path, capsys: pytest.Ca
     assert (told["edits"], told["left"], told["done"]) == (3000, 3000, True)
     assert [row["id"] for row in told["unused_uploads"]] == [free] and told["uploads"] > 0
     assert Uploads(store).sets() == {}
+
+
+def test_a_store_over_its_quota_is_said_and_one_within_it_is_not(store: Store) -> None:
+    used, watch = folder_size(store.root / store.save(some_run()).id), Watch(store)
+    store.quota = used
+    assert watch.count() == watch.said() == ""
+    store.quota = used - 1
+    told = watch.count()
+    assert told.startswith("The store holds ") and "`locus prune --dry-run` and the tab Store" in told
+    assert watch.said() == told
+
+
+def test_a_page_learns_of_it_without_waiting(store: Store) -> None:
+    store.save(some_run())
+    store.quota, watch = 1, Watch(store)
+    assert watch.said() == ""  # the count has only begun
+    end = time.monotonic() + 20
+    while not (told := watch.said()) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert told.startswith("The store holds ")
+
+
+def test_the_doctor_and_the_terminal_say_it(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    store.save(some_run())
+    monkeypatch.setenv("LOCUS_QUOTA", "1")
+    facts, wrong = examine(str(store.root))
+    assert facts["runs take"].endswith(" kB")
+    assert any("more than its quota of 1 bytes" in sentence for sentence in wrong)
+    store.quota = 1
+    _tell_quota(SimpleNamespace(store=store))
+    assert "more than its quota of 1 bytes" in capsys.readouterr().out

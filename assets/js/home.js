@@ -62,6 +62,11 @@ function overview(d) {
 function draw() {
   const d = props.value;
   root.replaceChildren(head());
+  if (d && d.store) {
+    const told = make('span', 'text', d.store + ' ');
+    told.append(button('link', 'Runs', () => go('runs')));
+    root.append(row('Store', told));
+  }
   if (d && d.panels && open) root.append(overview(d));
 }
 watch('value', draw);
