@@ -94,10 +94,10 @@ class Audit(Running):
         asked = [self.stack, self.model, self.form["concept"], self.form["replacement"]]
         handoff = self.out["handoff"]
         opened = [handoff, tabs, self.out["status"]]
-        event = self.form["passport"].click(self.passport, asked, opened, **QUIET)
+        event = self.form["passport"].click(self.to_passport, asked, opened, **QUIET)
         event.then(None, handoff, None, js=reopening.open_script())
 
-    def passport(self, stack: Any, model: str, concept: str | None, replacement: str | None) -> list[Any]:
+    def to_passport(self, stack: Any, model: str, concept: str | None, replacement: str | None) -> list[Any]:
         """What opens the passport's form, filled in with the concept and what the edit puts in its place."""
         try:
             if not isinstance(stack, Stack) or not stack.active():

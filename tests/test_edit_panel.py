@@ -111,7 +111,7 @@ def test_the_passport_of_the_stacks_concept(audit: Any) -> None:
     handlers, entry = audit
 
     def opened(*given: Any) -> dict[str, Any]:
-        handed, tab, said = handlers.passport(*given)
+        handed, tab, said = handlers.to_passport(*given)
         assert tab.selected == "localize" and "Localize tab" in said
         recipe = json.loads(json.loads(handed)["panels"]["localize"]["recipe"])
         assert (recipe["method"], recipe["model"]) == ("passport", "atlas-sd")
@@ -125,7 +125,7 @@ def test_the_passport_of_the_stacks_concept(audit: Any) -> None:
         (Stack(), "no edit in the stack that is on"),
         (Stack().add(entry()), "type the concept"),
     ):
-        handed, _, said = handlers.passport(wrong, "atlas-sd", "", "")
+        handed, _, said = handlers.to_passport(wrong, "atlas-sd", "", "")
         assert handed == "" and reason in said
 
 
