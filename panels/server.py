@@ -13,7 +13,6 @@ import ipaddress
 import os
 import socket
 import sys
-import tempfile
 import webbrowser
 from collections.abc import Callable
 from contextlib import suppress
@@ -82,7 +81,8 @@ def new_app(
     session: Session, host: str = "127.0.0.1", auth: tuple[str, str] | None = None, *, mcp: bool = False
 ) -> Any:
     """The FastAPI application with the page mounted at /; `mcp`: also tools for assistants."""
-    os.environ.setdefault("GRADIO_TEMP_DIR", tempfile.mkdtemp(prefix="locus-"))
+    if not os.environ.get("GRADIO_TEMP_DIR"):
+        os.environ["GRADIO_TEMP_DIR"] = str(exports.page_folder())
     _share_arenas()
     from fastapi import FastAPI
     from fastapi.responses import JSONResponse

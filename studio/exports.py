@@ -6,6 +6,7 @@ The web server copies what it offers, so a folder is needed for as long as its r
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import shutil
 import stat
@@ -17,10 +18,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from studio.disk import half_written, reason
+from studio.disk import HIDDEN, half_written, left_behind, reason
 from studio.errors import StudioError
 
 _PREFIX = "locus-export-"
+_PAGE = "locus-page-"
 DAY = 24 * 3600.0
 MOST = 32  # folders that are kept, of all studios of this person
 
@@ -39,9 +41,19 @@ def new_folder() -> Path:
     return made
 
 
+def page_folder() -> Path:
+    """An empty temporary folder for what a page shows; it goes when this process ends."""
+    made = Path(tempfile.mkdtemp(prefix=_PAGE + half_written("").removeprefix(HIDDEN)))
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
+    return made
+
+
 def sweep(older: float = DAY) -> int:
-    """Removes export folders that nothing was written to for so many seconds; returns how many."""
-    return _remove(p for p in _folders() if time.time() - _changed(p) > older)
+    """Removes export folders that nothing was written to for so many seconds, and those of pages whose
+    process was killed; returns how many."""
+    pages = Path(tempfile.gettempdir()).glob(f"{_PAGE}*")
+    orphans = [p for p in pages if left_behind(p.with_name(HIDDEN + p.name.removeprefix(_PAGE)))]
+    return _remove([*orphans, *(p for p in _folders() if time.time() - _changed(p) > older)])
 
 
 def _folders() -> list[Path]:

@@ -199,9 +199,10 @@ class Watch:
 
     def said(self) -> str:
         """The sentence of the latest count, empty within the quota; a new count begins."""
+        latest = self._latest
         if self._counting.acquire(blocking=False):
             threading.Thread(target=self._begin, name="quota", daemon=True).start()
-        return self._latest
+        return latest
 
     def _begin(self) -> None:
         try:

@@ -80,8 +80,9 @@ class Studio:
     def __init__(self, runs: Path, threads: int) -> None:
         command = [sys.executable, "-c", _SERVER, str(runs), str(threads)]
         self._log = runs.parent / "server.log"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._log.open("w")}
-        self._process = subprocess.Popen(command, text=True, **pipes)
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(command, text=True, stderr=log, **pipes)
         self.address = json.loads(self._process.stdout.readline())
 
     def told(self, what: str) -> dict[str, Any]:
@@ -99,6 +100,7 @@ class Studio:
         """Ends it."""
         self._process.stdin.close()
         self._process.wait(timeout=60)
+        self._process.stdout.close()
 
 
 @dataclass

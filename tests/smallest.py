@@ -74,11 +74,14 @@ def pictures(folder: Path) -> str:
     return str(made)
 
 
-def smallest(name: str, folder: Path, edit: str | None = None) -> Recipe:
-    """The request of a method. `folder`: where pictures can be made; `edit`: an edit file of atlas-sd."""
+def smallest(name: str, folder: Path, edit: str | None = None, *, under_edit: bool = False) -> Recipe:
+    """The request of a method. `folder`: where pictures can be made; `edit`: an edit file of atlas-sd;
+    under_edit: it lies over every run that takes one, not only where the method is about edits."""
     method, given = find_method(name), dict(SMALLEST[name])
     if method.family == "vision":
         given["images"] = [pictures(folder)]
     model = "atlas-vit" if name == "align" else DEFAULT_MODELS[method.family]
     seeds = (0,) if method.samples else None
-    return Recipe(name, model, given, {}, seeds, (str(edit),) if method.lays_edits else ())
+    takes_one = method.family == "diffusion" and not method.saves
+    laid = method.lays_edits or under_edit and takes_one
+    return Recipe(name, model, given, {}, seeds, (str(edit),) if laid else ())

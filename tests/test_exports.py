@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from studio import exports, kept_edits
 from studio.errors import RequestError
-from studio.exports import DAY, MOST, new_folder, sweep
+from studio.exports import DAY, MOST, new_folder, page_folder, sweep
 from studio.kept_edits import MOST_PASSING
 from studio.store import Store
 
@@ -119,3 +121,20 @@ def test_a_click_on_an_edit_again_makes_it_young(tmp_path: Path, monkeypatch: py
     assert kept.keep_edit(edit(tmp_path, "a"), passing=True) == first
     third = kept.keep_edit(edit(tmp_path, "c"), passing=True)
     assert [kept.has_edit(d) for d in (first, second, third)] == [True, False, True]
+
+
+_PAGE = "import os, signal\nfrom studio.exports import page_folder\nprint(page_folder())\n"
+
+
+def test_the_folder_of_a_page_goes_with_its_process_however_that_ends(temporary: Path) -> None:
+    def ended(how: str) -> Path:
+        asked = [sys.executable, "-c", _PAGE + how]
+        tree, environment = Path(__file__).parents[1], {**os.environ, "TMPDIR": str(temporary)}
+        done = subprocess.run(asked, capture_output=True, text=True, cwd=tree, env=environment)
+        return Path(done.stdout.strip())
+
+    assert not ended("").exists()
+    killed = ended("import sys; sys.stdout.flush(); os.kill(os.getpid(), signal.SIGKILL)")
+    mine = page_folder()
+    assert killed.parent == temporary and killed.is_dir()
+    assert sweep() == 1 and not killed.exists() and mine.is_dir()

@@ -81,7 +81,6 @@ EXCEPTIONS = {
     ("studio/doctor.py", "write TemporaryFile"): "doctor tries whether runs can be written",
     ("studio/real_shapes.py", "random torch.manual_seed"): "random weights, the same in every measurement",
     ("studio/runners.py", "write TemporaryDirectory"): "Ray's own files, for as long as its cluster lives",
-    ("panels/server.py", "write mkdtemp"): "the web server's own temporary folder",
     ("panels/localize.py", "write TemporaryDirectory"): "the store takes an edit over from there",
 }
 

@@ -1,4 +1,5 @@
-"""What holds for any input: prompts of any script, spans, layers, windows, seeds and values of any kind.
+"""What holds for any input: values of any kind, seeds, spans, edits and labels. Whole runs are in
+test_properties_runs.py.
 
 A request is answered or refused in a sentence, never with a traceback; and algebra holds.
 """
@@ -23,8 +24,7 @@ from studio.edits import merge_equal, solve
 from studio.errors import RequestError, StudioError
 from studio.models.tokens import find_span
 from studio.registry import find_method, load_methods, parse, parse_seeds, plain
-from studio.session import Session
-from studio.types import Axis, Recipe, Trace
+from studio.types import Axis, Trace
 from tests.smallest import SMALLEST
 
 QUICK = settings(
@@ -110,87 +110,6 @@ def test_a_span_is_what_was_asked_for_or_refused(text: str, part: str, occurrenc
     else:
         found, asked = text[start:end], part.strip()
         assert re.fullmatch(re.escape(asked), found, re.IGNORECASE)
-
-
-# ---- runs -------------------------------------------------------------------------------------------------
-
-
-def run(session: Session, method: str, model: str, seeds: Any = None, **given_: Any) -> Any:
-    """The results, or None where a sentence refuses."""
-    try:
-        return session.run(Recipe(method, model, given_, {}, seeds), fresh=True, save=False).result
-    except StudioError as error:
-        told(error)
-        return None
-
-
-@given(TEXTS)
-@FEW
-def test_images_of_any_prompt(session: Session, prompt: str) -> None:
-    found = run(session, "generate", "atlas-sd", (0,), prompt=[prompt], steps=1, metric="distance")
-    assert found is None or found.arrays["images"].values.shape[:2] == (1, 1)
-
-
-@given(TEXTS, st.data())
-@FEW
-def test_traces_of_any_span(session: Session, prompt: str, data: Any) -> None:
-    start = data.draw(st.integers(0, len(prompt) - 1))
-    part = prompt[start : start + data.draw(st.integers(1, 12))]
-    given_ = {"prompt": prompt, "subject": part, "steps": 1, "kinds": ["mlp"], "metric": "distance"}
-    found = run(session, "trace-text-encoder", "atlas-sd", (0,), **given_)
-    if found is not None:
-        restored = found.arrays["restored"].values
-        assert np.isfinite(restored).all()
-        assert np.isfinite(found.arrays["indirect_effect"].values).all()
-
-
-@given(TEXTS, TEXTS, st.sampled_from(["atlas-llama", "atlas-phi"]))
-@FEW
-def test_contributions_of_any_text_sum_to_the_attention_output(
-    session: Session, context: str, prompt: str, model: str
-) -> None:
-    found = run(session, "contributions", model, context=context, prompt=prompt)
-    if found is not None:
-        share = found.arrays["share"] if "share" in found.arrays else None
-        assert np.isfinite(found.arrays["contribution"].values).all()
-        assert (found.arrays["contribution"].values >= 0).all()
-        assert share is None or np.isfinite(share.values).all()
-
-
-@given(st.integers(1, 9), st.sampled_from(["last", "later"]), st.integers(0, 2**32 - 1))
-@FEW
-def test_a_window_of_one_layer_is_that_layer_and_wider_ones_hold_it(
-    session: Session, window: int, sources: str, seed: int
-) -> None:
-    given_ = {"prompt": "The capital of Arvonia is", "subject": "Arvonia", "groups": ["subject"]}
-    found = run(
-        session, "knockout", "atlas-llama", (seed,), window=window, sources=sources, controls=0, **given_
-    )
-    cut = found.arrays["knocked_out"].values
-    assert ((0 <= cut) & (cut <= 1)).all()
-    change = found.arrays["relative_change"].values
-    assert np.allclose(change, cut / found.arrays["probability"].values - 1, atol=1e-5)
-
-
-@given(st.lists(TEXTS, min_size=1, max_size=3))
-@settings(FEW, max_examples=8)
-def test_scores_of_any_texts_sum_to_their_cosines(session: Session, place: str, texts: list[str]) -> None:
-    found = run(session, "decompose", "atlas-clip", images=[place], texts=texts)
-    if found is not None:
-        parts, whole = found.arrays["contributions"].values, found.arrays["representation"].values
-        gap = np.linalg.norm(parts.astype(np.float64).sum(1) - whole, axis=-1) / np.linalg.norm(
-            whole, axis=-1
-        )
-        assert gap.max() <= 2e-6
-        assert (np.abs(found.arrays["scores"].values.sum(1)) <= 1 + 1e-5).all()
-
-
-@pytest.fixture(scope="module")
-def place() -> str:
-    """One picture of the Atlas world."""
-    from studio.models.catalog import ASSETS
-
-    return str(ASSETS / "atlas" / "examples" / "red star on mint.png")
 
 
 # ---- algebra of edits -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import re
 import signal
 import subprocess
@@ -23,6 +24,8 @@ from studio.store import Store
 from studio.sweep import run_sweep
 from studio.sweep_file import read_sweep, recipes
 from studio.types import Recipe
+from tests.faults import METHODS, Methods, same
+from tests.test_session import edit_file
 
 TREE = Path(__file__).resolve().parent.parent
 GENERATE = Recipe("generate", "atlas-sd", {"prompt": ["a red star"]}, {"steps": 1}, (0,))
@@ -221,6 +224,27 @@ def test_a_run_that_kills_its_workers_is_given_up(two: Ray, tmp_path: Path) -> N
         stop.set()
         thread.join()
     assert two.run(GENERATE).status == "done"
+
+
+@pytest.mark.slow
+def test_a_worker_lost_costs_no_method_its_run(session: Any, atlas: Any, two: Ray, tmp_path: Path) -> None:
+    """Of each method: the process that computes it is killed, another one gives the same bits."""
+    methods = Methods(session, tmp_path, str(edit_file(atlas, tmp_path / "edit.safetensors")))
+    store = Store(tmp_path / "runs")
+    for name in METHODS:
+        clean, answer = methods.clean(name), queue.SimpleQueue()
+        busy = {p.pid: p.cpu_times().user for p in workers()}
+        recipe = methods.request(name)
+        asking = threading.Thread(target=lambda put=answer.put, recipe=recipe: put(two.run(recipe)))
+        asking.start()
+        time.sleep(clean.run.seconds / 2)
+        spent = {p: p.cpu_times().user - busy.get(p.pid, 0.0) for p in workers()}
+        max(spent, key=spent.get).kill()
+        asking.join(600)
+        run = answer.get(timeout=1)
+        assert run.status == "done" and same(run, clean.run), name
+    wait(lambda: store.sweep_leftovers() == 0 and not list(store.root.glob(".partial-*")), 30)
+    assert len(store.ids()) == len(METHODS)
 
 
 @pytest.mark.slow

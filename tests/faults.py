@@ -1,0 +1,167 @@
+"""What the tests of faults share: the smallest run of each method, faults to put into it, and what no fault
+may leave behind."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.modules import module as modules
+
+from studio.jobs import Job
+from studio.models.loading import home
+from studio.session import Session
+from studio.store import damaged_images
+from studio.types import Recipe, Run
+from tests.smallest import SMALLEST, smallest
+
+METHODS = sorted(SMALLEST)
+LONG = ("passport",)  # seconds a run: its faults come with `-m slow`
+TABLE = [pytest.param(n, marks=pytest.mark.slow) if n in LONG else n for n in METHODS]
+
+
+@dataclass(frozen=True, eq=False)
+class Clean:
+    """A run without a fault, how many modules ran in it, and how often it spoke to its job."""
+
+    run: Run
+    forwards: int
+    words: int
+
+
+class Methods:
+    """Every method's smallest run in one session, under an edit where the method takes one.
+
+    folder: where pictures are made; edit: an edit file of atlas-sd.
+    """
+
+    def __init__(self, session: Session, folder: Path, edit: str) -> None:
+        self.session, self._folder, self.edit = session, folder, edit
+        self._clean: dict[str, Clean] = {}
+
+    def request(self, name: str) -> Recipe:
+        """The smallest request of a method."""
+        return smallest(name, self._folder, self.edit, under_edit=True)
+
+    def run(self, name: str, **options: Any) -> Run:
+        """A run that is computed and kept: from no stored run and no kept statistics of images."""
+        shutil.rmtree(home() / "corpora", ignore_errors=True)
+        return self.session.run(self.request(name), fresh=True, **options)
+
+    def clean(self, name: str) -> Clean:
+        """The run without a fault, made once."""
+        if name not in self._clean:
+            self.run(name, save=False)  # models are loaded now
+            with failing_at(None, None) as count, speaking(None) as words:
+                run = self.run(name, save=False)
+            self._clean[name] = Clean(run, count[0], words[0])
+        return self._clean[name]
+
+    @contextmanager
+    def unharmed(self, what: object = "") -> Iterator[None]:
+        """Holds that what happens inside leaves no hook, no overlay, no lock, the same weights, and in the
+        store nothing but, at most, one whole run that says how far it came."""
+        store, before = self.session.store, state(self.session)
+        there = set(store.ids())
+        yield
+        assert state(self.session) == before, what
+        kept = [store.load(run_id) for run_id in set(store.ids()) - there]
+        assert len(kept) <= 1, what
+        for run in kept:
+            assert run.status == "stopped" or run.status == "failed" and run.error, what
+            assert run.result.arrays and not damaged_images(store.root / run.id), what
+
+
+def state(session: Session) -> dict[str, Any]:
+    """All that a fault must not change: weights, hooks, modes and processors of every loaded model, files
+    that are half-written, and whether the queue is free."""
+    found: dict[str, Any] = {"running": session.queue.running, "pinned": session.parking._used}
+    found["half-written"] = sorted(f.name for f in session.store.root.rglob(".*"))
+    for key, model in session._loaded.items():
+        for part, net in model.components().items():
+            digest = hashlib.sha256()
+            for name, tensor in itertools.chain(net.named_parameters(), net.named_buffers()):
+                digest.update(name.encode() + tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+                found[key, part, name] = (tensor.requires_grad, tensor.grad is None)
+            found[key, part] = (digest.hexdigest(), net.training, _attached(net))
+    return found
+
+
+def _attached(net: torch.nn.Module) -> list[str]:
+    """Hooks, attention processors and methods laid over, of all modules."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    found = []
+    for name, module in net.named_modules():
+        found += [f"{name}.{kind}" for kind in kinds if getattr(module, kind)]
+        found += [
+            f"{name}: {type(p).__name__}" for p in [getattr(module, "processor", None)] if p is not None
+        ]
+        found += [f"{name}.forward"] * ("forward" in vars(module))
+    return found
+
+
+@contextmanager
+def failing_at(
+    call: int | None, error: BaseException | None, always: BaseException | None = None
+) -> Iterator[list[int]]:
+    """Raises `error` at the call with that number, counted over the forwards of all modules, or `always` at
+    each; yields the count."""
+    count = [0]
+
+    def seen(*_: Any) -> None:
+        count[0] += 1
+        if always or count[0] - 1 == call:
+            raise always or error
+
+    handle = modules.register_module_forward_pre_hook(seen)
+    try:
+        yield count
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def speaking(stop_at: int | None) -> Iterator[list[int]]:
+    """Cancels a job at the word with that number that its method says to it (plan, step, partial)."""
+    count, heard = [0], Job._check
+
+    def check(job: Job) -> None:
+        count[0] += 1
+        if count[0] - 1 == stop_at:
+            job.cancel()
+        heard(job)
+
+    Job._check = check
+    try:
+        yield count
+    finally:
+        Job._check = heard
+
+
+def same(one: Run, other: Run) -> bool:
+    """Whether two runs hold the same numbers and images, bit for bit."""
+    arrays, others = one.result.arrays, other.result.arrays
+    images = (one.result.images, other.result.images)
+    return (
+        set(arrays) == set(others)
+        and all(
+            np.array_equal(t.values, others[n].values, equal_nan=t.values.dtype.kind == "f")
+            for n, t in arrays.items()
+        )
+        and set(images[0]) == set(images[1])
+        and all(np.array_equal(pixels, images[1][n]) for n, pixels in images[0].items())
+    )
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most so many of the numbers 0 … count - 1, the first and the last among them."""
+    return sorted({round(n) for n in np.linspace(0, count - 1, min(most, count))}) if count else []
