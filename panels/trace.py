@@ -198,7 +198,7 @@ class _Panel(Running):
 
     def ended(self, job: Job) -> dict[Any, Any]:
         """The strongest cell."""
-        return {self.out["text"]: headline(job.recipe, job.run.result)}
+        return {self.out["text"]: headline(job.run)}
 
     def empty(self) -> dict[Any, Any]:
         """The hint of the start."""

@@ -60,8 +60,9 @@ def drawn(recipe: Recipe, result: Result, out: dict[str, Any], again: bool = Fal
     return {out["figure"]: heatmap.as_value(figure, again), out["table"]: heatmap.as_table(figure)}
 
 
-def headline(recipe: Recipe, result: Result) -> str:
-    """The finding in one sentence, and what to do next."""
+def headline(run: Run) -> str:
+    """The finding in one sentence, of a stopped run what was found so far, and what to do next."""
+    recipe, result = run.recipe, run.result
     if recipe.method in STRIPS:
         return ENLARGE
     effect = result.arrays.get("indirect_effect")
@@ -72,7 +73,8 @@ def headline(recipe: Recipe, result: Result) -> str:
     (place, value), whole = best[0], f" of the {number(total)} that corruption takes away"
     asked, used = recipe.params.get("noise"), result.values.get("noise")
     noise = f" Noise of {number(used)} was needed." if asked is not None and used not in (None, asked) else ""
-    return f"Strongest so far: {', '.join(place)} brings back {number(value)}{whole}.{noise} {ASK}"
+    strongest = "Strongest" if run.status == "done" else "Strongest so far"
+    return f"{strongest}: {', '.join(place)} brings back {number(value)}{whole}.{noise} {ASK}"
 
 
 def detail(

@@ -160,7 +160,7 @@ def locogen(model: Any, rows: int = 16, steps: int = 8, rounds: int = 3) -> list
     return [row("LocoGen, exact", ratio, "of as many plain images", 1.05, how, least=False)]
 
 
-def unet_trace(model: Any, rows: int = 16, steps: int = 20, rounds: int = 2, **more: Any) -> list[Row]:
+def unet_trace(model: Any, rows: int = 16, steps: int = 20, rounds: int = 4, **more: Any) -> list[Row]:
     """The exact UNet trace against modules + 2 plain images, and its screen against it. more: of the
     trace."""
     from studio.methods.causal_trace_unet import Params

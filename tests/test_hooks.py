@@ -45,3 +45,37 @@ def test_a_site_without_a_module_hooks_nothing() -> None:
     ):
         pass
     assert [hook_count(m) for m in MODULES.values()] == [0, 0]
+
+
+SITE = Site("unet", "x", "attn2")
+ROWS = {  # patches of three rows
+    "one": [Patch(SITE, do="copy", value=0, rows=(2,))],
+    "several": [Patch(SITE, do="copy", value=0, rows=(1,)), Patch(SITE, do="copy", value=0, rows=(2,))],
+    "a replaced row is read": [
+        Patch(SITE, do="copy", value=0, rows=(1,)),
+        Patch(SITE, do="copy", value=1, rows=(2,)),
+    ],
+    "a part of a row": [Patch(SITE, do="copy", value=0, rows=(2,), at=(1,))],
+    "another patch": [Patch(SITE, do="scale", value=2.0, rows=(2,))],
+}
+
+
+@pytest.mark.parametrize("patches", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("module", [nn.Identity(), nn.Linear(3, 3)], ids=["gives its input", "gives its own"])
+def test_rows_that_are_copied_in_place(module: nn.Module, patches: list[Patch]) -> None:
+    """The same numbers as beside; what the module was given stays as it is."""
+    given = torch.randn(5, 4, 3, generator=torch.Generator().manual_seed(0))
+    before, found = given.clone(), []
+    for in_place in (False, True):
+        with torch.no_grad(), watch({SITE: module}, patches=patches, in_place=in_place) as tape:
+            tape.row_offset = 2
+            found.append(module(given))
+    assert torch.equal(found[0], found[1]) and torch.equal(given, before)
+    assert not torch.equal(found[0][2:], module(given)[2:])
+
+
+def test_what_gradients_are_asked_of_is_not_written_over() -> None:
+    module = nn.Linear(3, 3)
+    with watch({SITE: module}, patches=ROWS["one"], in_place=True):
+        module(torch.ones(3, 3)).sum().backward()
+    assert torch.isfinite(module.weight.grad).all()

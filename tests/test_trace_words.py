@@ -10,7 +10,7 @@ import pytest
 from panels import trace_view
 from panels.trace_words import WordMaps, map_recipe, picture
 from studio.methods.word_maps import overlay
-from studio.types import Figure, Recipe, Result
+from studio.types import Axis, Figure, Recipe, Result, Run, Trace
 
 PROMPT = "a red star on a red background"
 
@@ -70,7 +70,14 @@ def test_a_gallery_has_a_title_and_says_what_to_look_for(
     out = {n: n for n in ("strip", "figure", "table")}
     shown = trace_view.drawn(recipe, Result({}), out)
     assert shown["strip"]["label"] == title and [c for _, c in shown["strip"]["value"]] == captions
-    assert (
-        shown["figure"]["hint"].endswith(".")
-        and trace_view.headline(recipe, Result({})) == trace_view.ENLARGE
-    )
+    run = Run(recipe, "done", "", 0.0, {}, Result({}))
+    assert shown["figure"]["hint"].endswith(".") and trace_view.headline(run) == trace_view.ENLARGE
+
+
+@pytest.mark.parametrize(("status", "says"), [("done", "Strongest: "), ("stopped", "Strongest so far: ")])
+def test_the_finding_says_whether_more_could_come(status: str, says: str) -> None:
+    effect = Trace(np.array([0.1, 0.4], np.float32), (Axis("layer", ("a", "b")),), "cosine")
+    result = Result({"indirect_effect": effect}, {"total_effect": 0.8})
+    run = Run(Recipe("trace-unet", "m", {}, {}, (0,)), status, "", 0.0, {}, result)
+    told = trace_view.headline(run)
+    assert told.startswith(f"{says}b brings back 0.4") and told.endswith(trace_view.ASK)

@@ -51,13 +51,14 @@ def watch(
     record: Iterable[Site] = (),
     patches: Iterable[Patch] = (),
     inputs: Iterable[Site] = (),
+    in_place: bool = False,
 ) -> Iterator[Tape]:
     """Hooks the modules of `record` and of `patches` for the length of the block, whatever happens inside;
     for those of `inputs` what they read is kept in `tape.read`.
 
     `modules` resolves sites (see models/sites.py). Rows of patches are counted from `tape.row_offset`,
-    which lets a loop
-    leave the unconditional half of a guided batch alone. KeyError when a site is not in `modules`.
+    which lets a loop leave the unconditional half of a guided batch alone. in_place: what a module gives
+    belongs to nobody else, so that rows may be copied within it. KeyError when a site is not in `modules`.
     """
     wanted = list(record)
     by_site: dict[Site, list[Patch]] = {}
@@ -69,7 +70,7 @@ def watch(
     tape, handles = Tape(), []
     try:
         for site in sites:
-            hook = _hook(tape, site, by_site.get(site, []), site in wanted)
+            hook = _hook(tape, site, by_site.get(site, []), site in wanted, in_place)
             # first, so that the hooks of transformers that collect hidden states see what we put there
             handles.append(modules[site].register_forward_hook(hook, prepend=True))
             if held := _held(by_site.get(site, [])):
@@ -82,9 +83,10 @@ def watch(
             handle.remove()
 
 
-def _hook(tape: Tape, site: Site, patches: list[Patch], keep: bool) -> Callable:
+def _hook(tape: Tape, site: Site, patches: list[Patch], keep: bool, in_place: bool) -> Callable:
     held = _held(patches)
     patches = [p for p in patches if p is not held]
+    whole_rows = in_place and _whole_rows(patches)
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         tape.touched.add(site)
@@ -93,7 +95,10 @@ def _hook(tape: Tape, site: Site, patches: list[Patch], keep: bool) -> Callable:
             table, index = held.value
             tensor = table.to(tensor.device, tensor.dtype)[index]
         active = [p for p in patches if p.when is None or p.when[0] <= tape.step <= p.when[1]]
-        changed = _apply(tensor, active, tape.row_offset) if active else tensor
+        if active and whole_rows and not _shared(tensor, args):
+            changed = _copy_rows(tensor, active, tape.row_offset)
+        else:
+            changed = _apply(tensor, active, tape.row_offset) if active else tensor
         if keep:
             tape.keep(site, changed.detach())
         if not active and held is None:
@@ -129,6 +134,26 @@ def _rest(held: Patch) -> Callable:
         return (args[0][:0], *args[1:])
 
     return hook
+
+
+def _whole_rows(patches: list[Patch]) -> bool:
+    """Whether every patch copies whole rows, none of which is itself replaced."""
+    copies = all(p.do == "copy" and isinstance(p.value, int) and p.at is None and p.rows for p in patches)
+    return copies and not {p.value for p in patches} & {r for p in patches for r in p.rows}
+
+
+def _shared(tensor: torch.Tensor, args: tuple) -> bool:
+    """Whether the module gave what it was given, or what gradients are asked of."""
+    given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
+    return tensor.requires_grad or not given or tensor.untyped_storage().data_ptr() in given
+
+
+def _copy_rows(tensor: torch.Tensor, patches: list[Patch], offset: int) -> torch.Tensor:
+    """`_apply` within the tensor itself."""
+    for patch in patches:
+        for row in patch.rows:
+            tensor[row + offset] = tensor[patch.value + offset]
+    return tensor
 
 
 def _apply(tensor: torch.Tensor, patches: list[Patch], offset: int) -> torch.Tensor:

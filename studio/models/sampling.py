@@ -255,7 +255,7 @@ def trajectory(
     latents = latents * scheduler.init_noise_sigma
     step_options = _step_options(scheduler, generators)
     modules = {p.site: unet_module(model.unet, p.site) for p in patches}
-    context = watch(modules, patches=patches) if patches else nullcontext()
+    context = watch(modules, patches=patches, in_place=True) if patches else nullcontext()
     with context as tape:
         for i, t in enumerate(scheduler.timesteps):
             yield i, latents
