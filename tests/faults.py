@@ -52,9 +52,11 @@ class Methods:
         """The smallest request of a method."""
         return smallest(name, self._folder, self.edit, under_edit=True)
 
-    def run(self, name: str, **options: Any) -> Run:
-        """A run that is computed and kept: from no stored run and no kept statistics of images."""
-        shutil.rmtree(home() / "corpora", ignore_errors=True)
+    def run(self, name: str, *, go_on: bool = False, **options: Any) -> Run:
+        """A run that is computed and kept: from no stored run and, unless it is to go on, from no statistics
+        of images that an earlier one left."""
+        if not go_on:
+            shutil.rmtree(home() / "corpora", ignore_errors=True)
         return self.session.run(self.request(name), fresh=True, **options)
 
     def clean(self, name: str) -> Clean:

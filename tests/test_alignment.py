@@ -188,6 +188,34 @@ def test_the_run_and_its_file(session: Any, run: Any, pictures: Path, tmp_path: 
     assert np.allclose(cosines[::10], arrays["cosines"].values, atol=1e-4)
 
 
+def test_a_clip_that_fails_leaves_images_and_their_coordinates_side_by_side(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCUS_HOME", str(tmp_path / "home"))
+    model = families.model("vit-class")
+    clip = ClipModel(families.locate(str(families.ATLAS_CLIP)), "cpu")
+    inputs, params = Inputs(images=(str(pictures),)), Params(**ASKED)
+
+    def made() -> Any:
+        return align(model, inputs, params, (), clip, Quiet(rows=16))
+
+    asked, features = [], clip.image_features
+
+    def failing(images: list) -> Any:
+        asked.append(len(images))
+        if len(asked) == 2:
+            raise ZeroDivisionError("injected")
+        return features(images)
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(clip, "image_features", failing)
+        made()
+    found = made()
+    monkeypatch.setenv("LOCUS_HOME", str(tmp_path / "another-home"))
+    for name, tensor in made().made.tensors.items():
+        assert np.allclose(found.made.tensors[name], tensor, atol=1e-6)
+
+
 def test_work_that_was_stopped_goes_on(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = families.model("vit-class")
     clip = ClipModel(families.locate(str(families.ATLAS_CLIP)), "cpu")

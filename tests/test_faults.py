@@ -44,12 +44,13 @@ def test_every_method_that_takes_an_edit_runs_under_one_here(methods: Methods, n
 
 @pytest.mark.parametrize("name", TABLE)
 def test_an_exception_in_the_model(methods: Methods, name: str) -> None:
-    forwards = methods.clean(name).forwards
+    clean = methods.clean(name)
     with methods.unharmed():
-        with failing_at(forwards // 2, ZeroDivisionError("injected")):
+        with failing_at(clean.forwards // 2, ZeroDivisionError("injected")):
             with pytest.raises(ZeroDivisionError) as raised:
                 methods.run(name)
     assert "Something went wrong inside" in sentence(raised.value)
+    assert same(methods.run(name, go_on=True, save=False), clean.run)
 
 
 @pytest.mark.slow
@@ -60,7 +61,7 @@ def test_an_exception_anywhere_in_the_model(methods: Methods, name: str) -> None
         with methods.unharmed(call), failing_at(call, ZeroDivisionError("injected")):
             with pytest.raises(ZeroDivisionError):
                 methods.run(name)
-    assert same(methods.run(name, save=False), clean.run)
+        assert same(methods.run(name, go_on=True, save=False), clean.run), call
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -94,6 +95,7 @@ def _stopped_at(methods: Methods, name: str, words: list[int]) -> None:
     for word in words:
         with methods.unharmed(word), speaking(word), pytest.raises(Cancelled):
             methods.run(name)
+    assert same(methods.run(name, go_on=True, save=False), methods.clean(name).run)
 
 
 @pytest.mark.parametrize("name", TABLE)

@@ -144,8 +144,9 @@ class _Align:
                 found = _readable(batch)
                 if found:
                     images = [image for _, image in found]
-                    x.append(self.coordinates.of(self.space.whole.run(self.model.pixels(images))).numpy())
-                    z.append(self.clip.image_features(images))
+                    new = self.coordinates.of(self.space.whole.run(self.model.pixels(images))).numpy()
+                    features = self.clip.image_features(images)
+                    x, z = [*x, new], [*z, features]  # both or none: what is kept must stay side by side
                 used, done = used + [done + i for i, _ in found], done + len(batch)
                 if time.monotonic() - self.kept > KEEP_EVERY:
                     x, z = self._keep(x, z, done, used)
