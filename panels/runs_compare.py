@@ -9,18 +9,21 @@ import gradio as gr
 
 from panels import heatmap, runs_view, widgets
 from panels.running import QUIET, STREAM
-from panels.runs_form import COMPARED, TICK
+from panels.runs_form import COMPARED, FILES, TICK
 from panels.runs_view import said_in
 from studio.errors import RequestError, StudioError
 from studio.figures import scaled
+from studio.recipes import carried_of_many
 from studio.registry import find_method
 from studio.run_difference import (
     FIGURE,
+    Compared,
     comparable,
     compare_arrays,
     compare_figures,
     compare_images,
     compare_recipes,
+    difference_files,
 )
 from studio.run_index import Summary
 from studio.session import Session
@@ -44,9 +47,13 @@ class Compare:
         images = [out[f"image_{n}"] for n in (*COMPARED, "slider")] + [out["picture_said"]]
         shown = [self.pair, out["compared"], out["what"], out["recipes"], out["picture"], *maps, *images]
         asked = [self.chosen, self.ticked]
-        out["compare"].click(self.compare, asked, shown, trigger_mode="always_last", **STREAM)
+        compared = out["compare"].click(self.compare, asked, shown, trigger_mode="always_last", **STREAM)
         latest = dict(trigger_mode="always_last", **QUIET)
-        out["what"].input(self.other, [self.pair, out["what"]], maps, **latest)
+        chosen = [self.pair, out["what"]]
+        other = out["what"].input(self.other, chosen, maps, **latest)
+        files = [out["difference_export"], *(out[f"difference_{kind}"] for kind in FILES["difference"])]
+        for event in (compared, other):
+            event.then(self.export, chosen, files, trigger_mode="always_last", **STREAM)
         out["picture"].input(self.other_image, [self.pair, out["picture"]], images, **latest)
 
     def runs(self, pair: list) -> tuple[Run, Run]:
@@ -112,12 +119,7 @@ class Compare:
         out, hidden = self.out, gr.update(visible=False)
         update = {out[f"{kind}_{n}"]: hidden for kind in ("map", "figure") for n in COMPARED}
         try:
-            if what == FIGURE:
-                found = compare_figures(_figure(first), _figure(second))
-            elif what in comparable(first, second):
-                found = compare_arrays(first.result.arrays[what], second.result.arrays[what])
-            else:
-                raise RequestError("These two have no map in common; their figures stand side by side.")
+            found = _compared(first, second, what)
         except StudioError as error:
             for name, run in zip(COMPARED, (first, second), strict=False):
                 picture = runs_view.figure_of(run, self.session.store.path(run.id))
@@ -129,6 +131,17 @@ class Compare:
             shown = scaled(Figure("heat", figure.data, caption=title), (-found.limit, found.limit))
             update[out[f"map_{name}"]] = gr.update(value=heatmap.as_value(shown, True), visible=True)
         return update | {out["difference_said"]: gr.update(value=found.said, visible=True)}
+
+    def export(self, pair: list, what: str | None) -> dict[Any, Any]:
+        """The files of the difference, which name both runs; none where nothing can be subtracted."""
+        try:
+            first, second = self.runs(pair)
+            found = _compared(first, second, what or "")
+            method = first.recipe.method if first.recipe.method == second.recipe.method else ""
+            files = difference_files(found, carried_of_many("comparison", method, [first.id, second.id]))
+            return runs_view.downloads("difference", files, self.out)
+        except StudioError:
+            return {self.out["difference_export"]: gr.Row(visible=False)}
 
     def images(self, first: Run, second: Run, name: str) -> dict[Any, Any]:
         """An image of both, and where they differ."""
@@ -147,6 +160,15 @@ class Compare:
         pictures = dict(zip(COMPARED, (one, two, minus), strict=True))
         shown = widgets.shown_pictures(fields, pictures, COMPARED[:2])
         return shown | {out["picture_said"]: gr.update(value=f"{name}: {said}", visible=True)}
+
+
+def _compared(first: Run, second: Run, what: str) -> Compared:
+    """The figures, or an array, of two runs with their difference; RequestError where that makes no sense."""
+    if what == FIGURE:
+        return compare_figures(_figure(first), _figure(second))
+    if what in comparable(first, second):
+        return compare_arrays(first.result.arrays[what], second.result.arrays[what])
+    raise RequestError("These two have no map in common; their figures stand side by side.")
 
 
 def _asked(run: Run) -> str:

@@ -11,6 +11,7 @@ from panels.runs_view import ASK, RunList
 from studio.run_quota import size_text
 
 COMPARED = ("first", "second", "difference")
+FILES = {"grid": ("png", "svg", "pdf"), "difference": ("png", "svg", "pdf", "csv")}  # kinds that are exported
 IMAGES = "images"  # what a grid shows unless a number is chosen
 TICK = "Tick two runs in the list, or choose one and tick another, then press Compare."
 GRID = "Tick runs in the list, or take all that were found, then press Draw the grid."
@@ -124,6 +125,7 @@ def _compare() -> dict[str, Any]:
                     "", elem_id=f"runs-map-{name}", visible=False, label=name.capitalize()
                 )
                 out[f"figure_{name}"] = widgets.figure_image("runs", f"figure-{name}")
+    out |= _downloads("difference")
     out["recipes"] = gr.Dataframe(
         headers=["what", "first", "second"],
         visible=False,
@@ -173,12 +175,18 @@ def _grid() -> dict[str, Any]:
     with gr.Column(visible=False) as out["grid_scaled"]:
         out["grid_scale"] = colour_scale.field("runs-grid")
     out["grid_pictures"] = picture_grid.PictureGrid("", elem_id="runs-grid-pictures", visible=False)
-    with gr.Row(visible=False, elem_id="runs-grid-export") as row:
-        for kind in ("png", "svg", "pdf"):
-            out[f"grid_{kind}"] = gr.DownloadButton(
-                kind.upper(), size="sm", min_width=64, elem_id=f"runs-grid-{kind}"
+    return out | _downloads("grid")
+
+
+def _downloads(what: str) -> dict[str, Any]:
+    """Buttons for the files of a figure of several runs, hidden until there is one."""
+    out: dict[str, Any] = {}
+    with gr.Row(visible=False, elem_id=f"runs-{what}-export") as out[f"{what}_export"]:
+        for kind in FILES[what]:
+            out[f"{what}_{kind}"] = gr.DownloadButton(
+                kind.upper(), size="sm", min_width=64, elem_id=f"runs-{what}-{kind}"
             )
-    return out | {"grid_export": row}
+    return out
 
 
 def _store(quota: int) -> dict[str, Any]:

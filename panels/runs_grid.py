@@ -11,10 +11,9 @@ from PIL import Image
 
 from panels import heatmap, picture_grid
 from panels.running import QUIET, STREAM
-from panels.runs_form import GRID, IMAGES
-from panels.runs_view import said_in
+from panels.runs_form import FILES, GRID, IMAGES
+from panels.runs_view import downloads, said_in
 from studio.errors import RequestError
-from studio.exports import new_folder, write_file
 from studio.figures import scaled, to_bytes
 from studio.palette import read_scale
 from studio.recipes import carried_of_many
@@ -49,7 +48,7 @@ class Grid:
         out = self.out
         chosen, scale = [out[n] for n in ("shows", "rows", "cols", "held")], out["grid_scale"]
         drawn = [out[n] for n in ("grid_said", "grid_map", "grid_scaled", "grid_pictures", "grid_export")]
-        drawn += [out[f"grid_{kind}"] for kind in ("png", "svg", "pdf")]
+        drawn += [out[f"grid_{kind}"] for kind in FILES["grid"]]
         asked, shown = [*chosen, scale, *self.panel.query], [*chosen, *drawn]
         latest = dict(trigger_mode="always_last", **STREAM)
         out["draw"].click(self.draw, asked, shown, **latest)
@@ -128,15 +127,8 @@ class Grid:
 
     def shown(self, figure: Figure, made: Made, note: Mapping[str, Any]) -> dict[Any, Any]:
         """The figure on screen, where its cells can be clicked, and as files, which carry the note."""
-        out, folder = self.out, new_folder()
-        files = {kind: to_bytes(figure, kind, note) for kind in ("png", "svg", "pdf")}
-        for kind, content in files.items():
-            write_file(folder / f"grid.{kind}", content)
-        update = {
-            out[f"grid_{kind}"]: gr.DownloadButton(value=str(folder / f"grid.{kind}")) for kind in files
-        }
-        update |= {out["grid_export"]: gr.Row(visible=True)}
-        heat = figure.kind == "heat"
+        out, heat = self.out, figure.kind == "heat"
+        update = downloads("grid", {kind: to_bytes(figure, kind, note) for kind in FILES["grid"]}, out)
         value = (
             heatmap.as_value(figure, True) if heat else picture_grid.as_value(figure, names_of(made), True)
         )

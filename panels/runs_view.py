@@ -14,6 +14,7 @@ from PIL import Image
 from panels import decompose_form, edit_reopen, localize, reopening, retrieval_form, trace, widgets
 from panels.drawn import Drawn
 from panels.words import in_words
+from studio.exports import new_folder, write_file
 from studio.registry import find_method
 from studio.run_difference import as_text
 from studio.run_index import Summary
@@ -128,6 +129,15 @@ def pictures(run: Run) -> list[tuple[Any, str]]:
         except (OSError, ValueError, SyntaxError):
             continue
     return found
+
+
+def downloads(what: str, files: Mapping[str, bytes], out: Mapping[str, Any]) -> dict[Any, Any]:
+    """Updates of the buttons for the files, by kind, of a figure of several runs."""
+    folder, update = new_folder(), {out[f"{what}_export"]: gr.Row(visible=True)}
+    for kind, content in files.items():
+        write_file(folder / f"{what}.{kind}", content)
+        update[out[f"{what}_{kind}"]] = gr.DownloadButton(value=str(folder / f"{what}.{kind}"))
+    return update
 
 
 def said_in(line: str) -> Callable[[Callable], Callable]:

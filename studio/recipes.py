@@ -52,7 +52,8 @@ def carried(run: Run) -> dict[str, Any]:
 
 
 def carried_of_many(what: str, method: str, runs: Sequence[str]) -> dict[str, Any]:
-    """What an exported file of many runs says of them: `what` made it (sweep or grid), and the runs' ids."""
+    """What an exported file of many runs says of them: `what` made it (sweep, grid or comparison), and their
+    ids."""
     known = [run for run in runs if run]
     about = {"format": FORMAT, "of": what, "count": len(runs), "runs": known[:MOST_RUNS]}
     return {"method": method, "locus": about}

@@ -76,7 +76,7 @@ def restored(path: str | Path, store: Store) -> Restored:
 
 
 def _refuse_many(text: str | dict[str, Any], head: bytes, name: str, store: Store) -> None:
-    """ManyRuns for what a sweep or a grid wrote."""
+    """ManyRuns for what a sweep, a grid or a comparison wrote."""
     about: Any = text
     with contextlib.suppress(ValueError, RecursionError):
         about = json.loads(text) if isinstance(text, str) else text
@@ -86,7 +86,7 @@ def _refuse_many(text: str | dict[str, Any], head: bytes, name: str, store: Stor
     if isinstance(about.get("runs"), int) and isinstance(about.get("key"), str):
         about = {"locus": {"of": "sweep", "count": about["runs"]}}  # sweep.json
     about = about.get("locus")
-    if not isinstance(about, dict) or about.get("of") not in ("sweep", "grid"):
+    if not isinstance(about, dict) or about.get("of") not in ("sweep", "grid", "comparison"):
         return
     ids = about["runs"][:MOST_RUNS] if isinstance(about.get("runs"), list) else []
     there = [run for run in dict.fromkeys(i for i in ids if isinstance(i, str)) if _has(store, run)]

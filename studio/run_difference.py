@@ -1,4 +1,4 @@
-"""Two runs beside each other: figures over the labels that they share, images, recipes. NumPy only.
+"""Two runs beside each other: figures over the labels that they share, images, recipes.
 
 Differences are second minus first. Labels that occur more than once are paired in the order in which they
 occur.
@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from studio.errors import RequestError
-from studio.figures import number, scale_limit
+from studio.figures import number, scale_limit, scaled, to_bytes, to_csv
+from studio.recipes import as_text as as_one_line
 from studio.types import Axis, Figure, Recipe, Run, Trace
 
 MOST_CELLS = 40_000
@@ -154,6 +155,21 @@ def _difference(first: Figure, second: Figure, lost: list[str]) -> Compared:
             )
     limit = scale_limit(np.concatenate([one, two, minus], axis=None))
     return Compared(first, second, between, limit, " ".join(said))
+
+
+def difference_files(found: Compared, note: Mapping[str, Any]) -> dict[str, bytes]:
+    """The difference as png, svg, pdf and, beside both maps, as csv, each with the note in it."""
+    caption = "\n".join(filter(None, ("Second minus first.", found.said)))
+    shown = scaled(Figure("heat", found.difference.data, caption=caption), (-found.limit, found.limit))
+    files = {kind: to_bytes(shown, kind, note) for kind in ("png", "svg", "pdf")}
+    maps = {n: _as_trace(getattr(found, n)) for n in ("first", "second", "difference")}
+    return files | {"csv": to_csv(maps, as_one_line(note)).encode()}
+
+
+def _as_trace(figure: Figure) -> Trace:
+    data = figure.data
+    axes = tuple(Axis(name[:-1], tuple(map(str, data[name]))) for name in ("rows", "cols"))
+    return Trace(np.asarray(data["values"]), axes, data.get("unit", ""))
 
 
 def _agreement(one: np.ndarray, two: np.ndarray) -> str:

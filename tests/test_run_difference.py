@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 
 import numpy as np
 import pytest
 
 from studio.errors import RequestError
+from studio.recipes import carried_of_many
 from studio.run_difference import (
     MOST_CELLS,
     as_text,
@@ -16,6 +19,7 @@ from studio.run_difference import (
     compare_figures,
     compare_images,
     compare_recipes,
+    difference_files,
     paired,
 )
 from studio.types import Axis, Figure, Recipe, Result, Trace
@@ -37,6 +41,22 @@ def at(t: Trace, **place: str) -> float:
     """One number by its labels."""
     index = tuple(a.labels.index(place[a.name]) for a in t.axes)
     return float(t.values[index])
+
+
+def test_the_difference_leaves_as_files_that_name_both_runs() -> None:
+    one, two = trace(0, layer="0 1", token="a b"), trace(1, layer="0 1", token="a b")
+    note = carried_of_many("comparison", "trace-unet", ["run-1", "run-2"])
+    files = difference_files(compare_arrays(one, two), note)
+    assert set(files) == {"png", "svg", "pdf", "csv"}
+    assert files["png"].startswith(b"\x89PNG") and files["pdf"].startswith(b"%PDF")
+    assert b"run-1" in files["svg"] and b"Second minus first" in files["svg"]
+    header, *rows = csv.reader(io.StringIO(files["csv"].decode(), newline=""))
+    numbers = {(row[0], row[1]): float(row[2]) for row in rows}
+    assert header[:3] == ["array", "place", "value"] and len(numbers) == 12 and "run-2" in rows[0][-1]
+    for place in {place for _, place in numbers}:
+        assert numbers["difference", place] == pytest.approx(
+            numbers["second", place] - numbers["first", place], abs=1e-6
+        )
 
 
 # ---- labels -----------------------------------------------------------------------------------------------

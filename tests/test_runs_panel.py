@@ -20,7 +20,7 @@ from PIL import Image
 
 from panels import reopening, runs, runs_form, runs_view
 from panels.runs_compare import Compare
-from panels.runs_form import COMPARED
+from panels.runs_form import COMPARED, FILES
 from panels.runs_grid import Grid
 from panels.runs_store import StoreTab
 from studio import palette
@@ -423,6 +423,22 @@ def test_two_ticked_runs_are_compared(panel: runs._Panel, ids: list[str]) -> Non
     assert "largest 20 of 255" in said(panel, update, "picture_said")
     assert tab.compare(ids[0], [ids[1]])[tab.pair] == ids[:2]
     assert tab.other(ids[:2], "effect")[panel.out["map_first"]]["value"]["z"] == [[0.0, 1.0, 2.0]]
+
+
+def test_a_difference_can_be_downloaded_and_leads_back_to_both_runs(
+    panel: runs._Panel, ids: list[str], tmp_path: Path
+) -> None:
+    tab = Compare(panel.session, panel.out, panel.chosen, panel.ticked)
+    update = tab.export(ids[:2], "effect")
+    assert update[panel.out["difference_export"]].visible
+    for kind in FILES["difference"]:
+        file = Path(update[panel.out[f"difference_{kind}"]].value["path"])
+        assert file.name == f"difference.{kind}" and file.stat().st_size > 100
+        dropped = panel.drop(str(file), *ALL)
+        assert dropped[panel.ticked] == ids[:2], kind
+        assert "of a comparison of 2 runs" in said(panel, dropped)
+    for pair, what in (([], "effect"), (ids[:2], "nothing"), (["gone", ids[0]], "effect")):
+        assert not tab.export(pair, what)[panel.out["difference_export"]].visible
 
 
 def test_what_can_not_be_compared_is_said(panel: runs._Panel, ids: list[str], store: Store) -> None:
