@@ -269,11 +269,11 @@ def spoken(error: Exception) -> str:
 
 def follow(job: Job) -> Iterator[Job]:
     """Yields the job at its start, after changes (at most eight times a second), and once when it is over."""
-    seen = job.version
     while not job.over:
+        seen = job.version
         yield job
-        seen = job.wait(seen, 0.5)
-        threading.Event().wait(0.12)
+        threading.Event().wait(0.12)  # after what is shown, so that what comes next is shown at once
+        job.wait(seen, 0.5)
     yield job
 
 

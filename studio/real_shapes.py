@@ -290,7 +290,7 @@ def _unet_parts(session: Any, model: Any, settings: Settings, say: Callable[[str
     sites = len(model.unet_sites(("cross-attention",)))
     trace = {**given, "subject": SUBJECT, "kinds": ["cross-attention"], "hint": False}
     images = {**given, "prompt": [PROMPT] * (sites + 2)}
-    edit = {"concept": ["star"], "replacement": ["circle"], "method": "uce", "layers": ["auto"]}
+    edit = {"concept": ["star"], "replacement": ["circle"], "method": "uce", "layers": ["all"]}
     edit |= {"images": False, "steps": settings.steps}
     whole = one * (sites + 2) * settings.steps
     for name, method, asked, expected in (
