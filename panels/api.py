@@ -114,8 +114,8 @@ def _properties(schema: Any) -> dict[str, Any]:
 
 def caller(request: gr.Request) -> str:
     """Whose turn it is: a client's session; the address of a plain HTTP call, whose session is always new."""
-    plain = "/call/" in request.url.path
-    return f"api {request.client.host if plain else request.session_hash}"
+    plain, place = "/call/" in request.url.path, request.client.host
+    return f"api {place if plain else request.session_hash}@{place}"
 
 
 async def progress(session: Session, job: Job) -> AsyncIterator[dict[str, Any]]:

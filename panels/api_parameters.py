@@ -48,9 +48,11 @@ class Parameter:
 
 def plain_words(text: str) -> str:
     """A text of the registry for people who write programs: options by the names of parameters."""
-    for pattern, said in _WORDS:
-        text = pattern.sub(said, text)
-    return text
+    parts = text.split("`")  # what stands between two of them is a command, which stays as it is
+    for n in range(0, len(parts), 2):
+        for pattern, said in _WORDS:
+            parts[n] = pattern.sub(said, parts[n])
+    return "`".join(parts)
 
 
 def served(knob: Any) -> bool:

@@ -15,7 +15,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-BODY_LIMIT = 32 * 2**20
+BODY_LIMIT = 8 * 2**20  # to read so much JSON takes two seconds in which nobody else is answered
 UPLOAD_LIMIT = 2 * 2**30  # an edit file of all cross-attention layers of SDXL
 _CLOSED = re.compile(
     r"/(gradio_api/)?(undo-)?(vibe-|run-history|runs\b|process_recording|monitoring|profiling|dev/|deep_link"
@@ -27,6 +27,8 @@ _OPEN = frozenset(
     "/gradio_api/theme.css /gradio_api/login_check /gradio_api/user".split()
 )  # what a person without the login may ask for
 _OPEN_FOLDERS = ("/static/", "/assets/", "/svelte/")
+_ODD = re.compile(r"[\x00-\x1f\x7f]|[^/]{256}")  # no file of any system has such a name
+_FORWARDED = re.compile(rb"forwarded|x-forwarded-.*|x-real-ip", re.IGNORECASE)
 _POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:; style-src 'self' "
     "'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self' data: blob:; "
@@ -71,16 +73,20 @@ class Tries:
 
 class Guard:
     """An ASGI middleware around everything. `inside`: Gradio's application, which knows who is logged in;
-    None without a login."""
+    None without a login. proxied: a reverse proxy says who asks; otherwise what anybody says of it is
+    dropped."""
 
-    def __init__(self, app: Any, inside: Any = None) -> None:
-        self._app, self._inside, self._tries = app, inside, Tries()
+    def __init__(self, app: Any, inside: Any = None, proxied: bool = False) -> None:
+        self._app, self._inside, self._tries, self._proxied = app, inside, Tries(), proxied
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answers in a sentence what is refused, and sets the headers of every answer."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if not self._proxied:
+            kept = [pair for pair in scope["headers"] if not _FORWARDED.fullmatch(pair[0])]
+            scope = {**scope, "headers": kept}
         request, status = Request(scope), 0
 
         async def with_headers(message: Any) -> None:
@@ -106,7 +112,7 @@ class Guard:
 
     def _refused(self, request: Request) -> Any:
         headers, path = request.headers, request.scope["path"]
-        if _CLOSED.match(path):
+        if _CLOSED.match(path) or _ODD.search(path):
             return _said("There is no such page here.", 404)
         if "transfer-encoding" in headers and "content-length" in headers:
             refusal = _said("Send Content-Length or Transfer-Encoding, not both.", 400)

@@ -88,7 +88,7 @@ class Running(ABC):
         """Run was pressed: checks, queues, and streams."""
         given = {self.named[c]: v for c, v in values.items() if c in self.named}
         try:
-            job = self.session.submit(self.recipe(given), user=str(request.session_hash))
+            job = self.session.submit(self.recipe(given), user=widgets.person(request))
         except Exception as error:
             earlier = self.EARLIER if values.get(self.state) else ""
             yield {self.out["status"]: f"{widgets.spoken(error)} {earlier}".strip()}

@@ -11,6 +11,7 @@ import ctypes
 import gc
 import ipaddress
 import os
+import signal
 import socket
 import sys
 import webbrowser
@@ -98,7 +99,7 @@ def new_app(
 
     inside = _in_a_loop(lambda: _mount_page(app, session, auth, mcp))
     inside.add_middleware(Sentences)
-    app.add_middleware(Guard, inside=inside if auth else None)
+    app.add_middleware(Guard, inside=inside if auth else None, proxied=_proxied())
     allowed = ["127.0.0.1", "localhost", "[::1]", "testserver"] if _is_loopback(host) else ["*"]
     app.add_middleware(TrustedHostMiddleware, allowed_hosts=allowed)
     return app
@@ -194,7 +195,20 @@ def _server(app: Any, ready: Callable[[], Any]) -> Any:
             if not self.should_exit:
                 threading.Thread(target=ready, name="warm-up", daemon=True).start()
 
-    return Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=3))
+    return Server(uvicorn_config(app))
+
+
+def uvicorn_config(app: Any) -> Any:
+    """How the application is served."""
+    import uvicorn
+
+    options = {"log_level": "warning", "timeout_graceful_shutdown": 3}
+    return uvicorn.Config(app, proxy_headers=_proxied(), **options)
+
+
+def _proxied() -> bool:
+    """Whether uvicorn is told of a reverse proxy whose word it may take for who asks."""
+    return bool(os.environ.get("FORWARDED_ALLOW_IPS"))
 
 
 def warm_up(session: Session) -> None:
@@ -239,6 +253,8 @@ def serve_forever(
 ) -> int:
     """Serves until interrupted; prints the address when it is ready."""
     opened = listen(host, port)
+    with suppress(ValueError):  # in another thread than the main one
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # uvicorn raises it again when it has ended
     session.store.sweep_leftovers()
     Bin(session.store).sweep()
     exports.sweep()

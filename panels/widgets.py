@@ -267,6 +267,11 @@ def spoken(error: Exception) -> str:
     return sentence(error)
 
 
+def person(request: gr.Request) -> str:
+    """Whose turn it is: a page, and the address that it is open at."""
+    return f"{request.session_hash}@{getattr(getattr(request, 'client', None), 'host', None) or ''}"
+
+
 def follow(job: Job) -> Iterator[Job]:
     """Yields the job at its start, after changes (at most eight times a second), and once when it is over."""
     while not job.over:

@@ -30,22 +30,27 @@ MOST = 32  # folders that are kept, of all studios of this person
 def new_folder() -> Path:
     """An empty temporary folder for one export; the oldest ones make room, so that MOST are left. StudioError
     when there is no room for one."""
-    try:
-        made = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    except OSError as error:
-        place, why = tempfile.tempdir or "The temporary folder", reason(error, "it")
-        raise StudioError(
-            f"{place} takes no file to download ({why}); make room there, or start with TMPDIR=FOLDER."
-        ) from error
+    made = _made(_PREFIX)
     _remove([p for p in _folders() if p != made][MOST - 1 :])  # times may tie
     return made
 
 
 def page_folder() -> Path:
-    """An empty temporary folder for what a page shows; it goes when this process ends."""
-    made = Path(tempfile.mkdtemp(prefix=_PAGE + half_written("").removeprefix(HIDDEN)))
+    """An empty temporary folder for what a page shows; it goes when this process ends, unless it is
+    killed. StudioError when there is no room for one."""
+    made = _made(_PAGE + half_written("").removeprefix(HIDDEN))
     atexit.register(shutil.rmtree, made, ignore_errors=True)
     return made
+
+
+def _made(prefix: str) -> Path:
+    try:
+        return Path(tempfile.mkdtemp(prefix=prefix))
+    except OSError as error:
+        place, why = tempfile.tempdir or "The temporary folder", reason(error, "it")
+        raise StudioError(
+            f"{place} takes no file to download ({why}); make room there, or start with TMPDIR=FOLDER."
+        ) from error
 
 
 def sweep(older: float = DAY) -> int:

@@ -40,6 +40,8 @@ def image_files(given: Sequence[str], option: str = "--images") -> tuple[list[Pa
             exists = folder = False
         if not exists:
             raise RequestError(f"{option}: there is no file or folder {text[:120]!r}.")
+        if not folder and not path.is_file():
+            raise RequestError(f"{option}: {text[:120]!r} is no file but a device or a pipe.")
         if not folder:
             files.append(path)
             continue

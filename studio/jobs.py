@@ -17,6 +17,7 @@ from studio.types import Recipe, Result, Run
 
 MOST_QUEUED = 64
 MOST_OF_ONE = 16  # of these, for one user
+MOST_OF_PLACE = 48  # of these, for all users whose names end in the same @place
 _REMEMBERED = 128  # jobs that a page can ask about
 _log = logging.getLogger("locus")
 
@@ -135,7 +136,8 @@ class JobQueue:
         self._thread.start()
 
     def submit(self, recipe: Recipe, user: str = "local", **options: object) -> Job:
-        """Queues a recipe; StudioError when too much is waiting already."""
+        """Queues a recipe; StudioError when too much is waiting already, of all, of this user, or of those
+        whose names end in the same @place."""
         with self._lock:
             if self._closed:
                 raise StudioError("The studio is shutting down.")
@@ -145,6 +147,13 @@ class JobQueue:
                 raise StudioError(
                     f"{MOST_OF_ONE} of your jobs are waiting already, the most for one user; try again when "
                     "some are done, or stop some."
+                )
+            place = user.rpartition("@")[2]
+            near = sum(len(q) for name, q in self._waiting.items() if name.endswith(f"@{place}"))
+            if "@" in user and near >= MOST_OF_PLACE:
+                raise StudioError(
+                    f"{MOST_OF_PLACE} jobs from your address are waiting already, the most for one address; "
+                    "try again when some are done, or stop some."
                 )
             job = Job(next(self._numbers), user, recipe, dict(options), withdraw=self._withdraw)
             self._waiting.setdefault(user, deque()).append(job)

@@ -104,7 +104,7 @@ class Store(KeptEdits):
                 run = read_run(folder)
                 if run.key != key or run.status != "done" or own and run.host.get(IMPORTED):
                     continue
-                if not damaged_images(folder):
+                if (folder / "images").is_dir() and not damaged_images(folder):
                     return run
         return None
 

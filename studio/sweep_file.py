@@ -177,9 +177,11 @@ def _loader() -> Any:
 
 def _read_text(file: Path) -> str:
     try:
-        if file.stat().st_size > MOST_BYTES:
+        with file.open("rb") as opened:  # a device says nothing of its size
+            content = opened.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
             raise RequestError(f"{file} is larger than {MOST_BYTES >> 20} MB; split the sweep.")
-        return file.read_text("utf-8-sig")
+        return io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is no text in UTF-8"
         raise RequestError(f"{str(file)[:200]} can't be read: {reason}.") from error

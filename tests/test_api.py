@@ -116,6 +116,8 @@ def test_knobs_that_name_a_clip_are_known_as_models() -> None:
 
 def test_words_of_the_command_line_become_parameters() -> None:
     assert plain_words("--guidance-also needs --steps 2; a file, one a line") == "guidance_also needs steps 2"
+    kept = "take it in with `locus import /tmp/x --runs /a`"
+    assert plain_words(f"--runs: {kept}") == f"runs: {kept}"
     assert plain_words("the text to draw (repeat the option for more prompts)") == "the text to draw"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from studio import exports, kept_edits
-from studio.errors import RequestError
+from studio.errors import RequestError, StudioError
 from studio.exports import DAY, MOST, new_folder, page_folder, sweep
 from studio.kept_edits import MOST_PASSING
 from studio.store import Store
@@ -138,3 +138,13 @@ def test_the_folder_of_a_page_goes_with_its_process_however_that_ends(temporary:
     mine = page_folder()
     assert killed.parent == temporary and killed.is_dir()
     assert sweep() == 1 and not killed.exists() and mine.is_dir()
+
+
+def test_a_full_temporary_folder_is_said(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    for make in (new_folder, page_folder):
+        with pytest.raises(StudioError, match="the disk is full.*; make room there"):
+            make()

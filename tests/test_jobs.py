@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from studio.errors import Cancelled, RequestError, StudioError
-from studio.jobs import MOST_OF_ONE, MOST_QUEUED, Job, JobQueue
+from studio.jobs import MOST_OF_ONE, MOST_OF_PLACE, MOST_QUEUED, Job, JobQueue
 from studio.types import Recipe, Result
 
 LONG = 20.0  # seconds after which a test gives up; nothing waits that long unless it is broken
@@ -175,6 +175,16 @@ def test_at_most_so_many_of_one_user_wait(bench: Bench) -> None:
     bench.gate.set()
     assert {finish(j).state for j in [*jobs, other]} == {"done"}
     assert finish(bench.submit("one more", "ann")).state == "done"
+
+
+def test_at_most_so_many_of_one_address_wait_whatever_they_call_themselves(bench: Bench) -> None:
+    bench.blocked()
+    jobs = [bench.submit(str(i), f"page {i}@10.0.0.1") for i in range(MOST_OF_PLACE)]
+    with pytest.raises(StudioError, match="48 jobs from your address are waiting already"):
+        bench.submit("one more", "another page@10.0.0.1")
+    others = [bench.submit("other", "page@10.0.0.2"), bench.submit("local")]
+    bench.gate.set()
+    assert {finish(j).state for j in [*jobs, *others]} == {"done"}
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,26 @@ def test_nothing_is_read(path: str, url: str, secrets: dict[str, str], canary: s
         assert answer.status_code in (400, 403, 404, 405, 422), answer.status_code
 
 
+LONG = "a" * 300
+
+
+@pytest.mark.parametrize(
+    "path", (f"/static/{LONG}", f"/assets/{LONG}", "/config%0a", "/gradio_api/heartbeat/%00", f"/{LONG}/x")
+)
+def test_names_that_no_file_can_have(path: str, url: str) -> None:
+    answer = ask(url, "GET", path)
+    assert answer.status_code == 404 and answer.json()["detail"] == "There is no such page here."
+
+
+def test_nobody_says_for_himself_who_he_is(url: str) -> None:
+    """Without a reverse proxy that the studio was told of, forwarded addresses are dropped."""
+    claims = {"X-Forwarded-Host": "evil.example", "X-Forwarded-Proto": "https", "X-Forwarded-For": "9.9.9.9"}
+    assert ask(url, "GET", "/config", headers=claims).json()["root"] == url.rstrip("/")
+    odd = {"X-Forwarded-Host": b"a\x01b", "X-Forwarded-Proto": b"\xff", "Forwarded": "host=evil.example"}
+    answer = ask(url, "GET", "/config", headers=odd)
+    assert answer.status_code in (200, 400) and "evil.example" not in answer.text
+
+
 @pytest.mark.parametrize("path", ("vibe-edit", "undo-vibe-edit", "run-history/connect", "process_recording"))
 def test_routes_that_are_not_used_are_closed(path: str, url: str) -> None:
     answer = ask(url, "POST", f"/gradio_api/{path}", json={})

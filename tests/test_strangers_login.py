@@ -63,6 +63,9 @@ def test_wrong_logins_are_slowed_down(closed: str) -> None:
     assert [t.status_code for t in tries] == [400, 400, 400, 429, 429, 429]
     assert "Too many wrong logins; try again in" in tries[-1].json()["detail"]
     assert int(tries[-1].headers["retry-after"]) >= 1
+    claim = {"X-Forwarded-For": "9.9.9.9", "X-Real-IP": "9.9.9.9"}  # another name for the same address
+    told = httpx.post(f"{closed}login", data={"username": "ada", "password": "x"}, headers=claim, timeout=10)
+    assert told.status_code == 429
     right = httpx.post(f"{closed}login", data={"username": "ada", "password": "right word"}, timeout=10)
     assert right.status_code == 429  # who guesses right too late learns nothing
 

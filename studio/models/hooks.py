@@ -58,9 +58,12 @@ def watch(
 
     `modules` resolves sites (see models/sites.py). Rows of patches are counted from `tape.row_offset`,
     which lets a loop leave the unconditional half of a guided batch alone. in_place: what a module gives
-    belongs to nobody else, so that rows may be copied within it. KeyError when a site is not in `modules`.
+    belongs to nobody else, so that rows may be copied within it. KeyError when a site is not in `modules`,
+    ValueError where outputs are recorded and written over.
     """
     wanted = list(record)
+    if wanted and in_place:
+        raise ValueError("what is recorded may be written over: record, or copy rows in place")
     by_site: dict[Site, list[Patch]] = {}
     for patch in patches:
         by_site.setdefault(patch.site, []).append(patch)
@@ -72,7 +75,7 @@ def watch(
         for site in sites:
             hook = _hook(tape, site, by_site.get(site, []), site in wanted, in_place)
             # first, so that the hooks of transformers that collect hidden states see what we put there
-            handles.append(modules[site].register_forward_hook(hook, prepend=True))
+            handles.append(modules[site].register_forward_hook(hook, prepend=True, with_kwargs=True))
             if held := _held(by_site.get(site, [])):
                 handles.append(modules[site].register_forward_pre_hook(_rest(held)))
         for site in inputs:
@@ -88,14 +91,14 @@ def _hook(tape: Tape, site: Site, patches: list[Patch], keep: bool, in_place: bo
     patches = [p for p in patches if p is not held]
     whole_rows = in_place and _whole_rows(patches)
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+    def hook(module: nn.Module, args: Any, options: dict[str, Any], output: Any) -> Any:
         tape.touched.add(site)
         tensor = output[0] if isinstance(output, tuple) else output
         if held is not None:
             table, index = held.value
             tensor = table.to(tensor.device, tensor.dtype)[index]
         active = [p for p in patches if p.when is None or p.when[0] <= tape.step <= p.when[1]]
-        if active and whole_rows and not _shared(tensor, args):
+        if active and whole_rows and not _shared(tensor, [*args, *options.values()]):
             changed = _copy_rows(tensor, active, tape.row_offset)
         else:
             changed = _apply(tensor, active, tape.row_offset) if active else tensor
@@ -142,10 +145,21 @@ def _whole_rows(patches: list[Patch]) -> bool:
     return copies and not {p.value for p in patches} & {r for p in patches for r in p.rows}
 
 
-def _shared(tensor: torch.Tensor, args: tuple) -> bool:
+def _shared(tensor: torch.Tensor, given: Iterable[Any]) -> bool:
     """Whether the module gave what it was given, or what gradients are asked of."""
-    given = {a.untyped_storage().data_ptr() for a in args if isinstance(a, torch.Tensor)}
-    return tensor.requires_grad or not given or tensor.untyped_storage().data_ptr() in given
+    mine = tensor.untyped_storage().data_ptr()
+    return tensor.requires_grad or any(t.untyped_storage().data_ptr() == mine for t in _tensors(given))
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    """All tensors in a value, however deep."""
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        yield from _tensors(list(values.values()))
+    elif isinstance(values, Iterable) and not isinstance(values, (str, bytes)):
+        for value in values:
+            yield from _tensors(value)
 
 
 def _copy_rows(tensor: torch.Tensor, patches: list[Patch], offset: int) -> torch.Tensor:

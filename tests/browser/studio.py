@@ -45,12 +45,10 @@ def serving(session: Any) -> Iterator[str]:
     """The address of a studio that serves this session."""
     import uvicorn
 
-    from panels.server import listen, new_app
+    from panels import server as serving
 
-    opened = listen("127.0.0.1", 0)
-    server = uvicorn.Server(
-        uvicorn.Config(new_app(session), log_level="warning", timeout_graceful_shutdown=2)
-    )
+    opened = serving.listen("127.0.0.1", 0)
+    server = uvicorn.Server(serving.uvicorn_config(serving.new_app(session)))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [opened]}, daemon=True)
     thread.start()
     while thread.is_alive() and not server.started:  # a bound socket that nobody listens at refuses
