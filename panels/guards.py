@@ -8,12 +8,16 @@ import logging
 import re
 import time
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 from gradio.route_utils import FnIndexInferError
+from gradio.utils import get_upload_folder
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import JSONResponse
+
+from studio.exports import sweep_broken_uploads
 
 BODY_LIMIT = 8 * 2**20  # to read so much JSON takes two seconds in which nobody else is answered
 UPLOAD_LIMIT = 2 * 2**30  # an edit file of all cross-attention layers of SDXL
@@ -109,6 +113,8 @@ class Guard:
             await body.through(self._app, scope)
         if trying and status == 200:
             self._tries.right(_address(request))
+        if _is_upload(request):
+            sweep_broken_uploads(Path(get_upload_folder()))
 
     def _refused(self, request: Request) -> Any:
         headers, path = request.headers, request.scope["path"]
@@ -233,7 +239,11 @@ def _address(request: Request) -> str:
 
 def _most(request: Request) -> int:
     """Bytes that the body of a request may have."""
-    return UPLOAD_LIMIT if request.scope["path"] == "/gradio_api/upload" else BODY_LIMIT
+    return UPLOAD_LIMIT if _is_upload(request) else BODY_LIMIT
+
+
+def _is_upload(request: Request) -> bool:
+    return request.scope["path"] == "/gradio_api/upload"
 
 
 def _said(sentence: str, status: int) -> JSONResponse:

@@ -43,6 +43,19 @@ def page_folder() -> Path:
     return made
 
 
+def sweep_broken_uploads(folder: Path, older: float = 3600.0) -> int:
+    """Removes what uploads that broke off have left in a page's folder, once nothing was written to it for so
+    many seconds; returns how many files."""
+    gone = 0
+    for part in folder.glob("tmp*"):
+        with contextlib.suppress(OSError):
+            found = part.lstat()
+            if stat.S_ISREG(found.st_mode) and time.time() - found.st_mtime > older:
+                part.unlink()
+                gone += 1
+    return gone
+
+
 def _made(prefix: str) -> Path:
     try:
         return Path(tempfile.mkdtemp(prefix=prefix))

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn.modules import module as modules
 from studio.jobs import Job
 from studio.models.loading import home
 from studio.session import Session
-from studio.store import damaged_images
+from studio.store import EDIT_FILE, MADE_FILE, as_record, damaged_images, read_run
 from studio.types import Recipe, Run
 from tests.smallest import SMALLEST, smallest
 
@@ -45,12 +46,12 @@ class Methods:
     """
 
     def __init__(self, session: Session, folder: Path, edit: str) -> None:
-        self.session, self._folder, self.edit = session, folder, edit
+        self.session, self.folder, self.edit = session, folder, edit
         self._clean: dict[str, Clean] = {}
 
     def request(self, name: str) -> Recipe:
         """The smallest request of a method."""
-        return smallest(name, self._folder, self.edit, under_edit=True)
+        return smallest(name, self.folder, self.edit, under_edit=True)
 
     def run(self, name: str, *, go_on: bool = False, **options: Any) -> Run:
         """A run that is computed and kept: from no stored run and, unless it is to go on, from no statistics
@@ -150,17 +151,36 @@ def speaking(stop_at: int | None) -> Iterator[list[int]]:
 
 
 def same(one: Run, other: Run) -> bool:
-    """Whether two runs hold the same numbers and images, bit for bit."""
-    arrays, others = one.result.arrays, other.result.arrays
-    images = (one.result.images, other.result.images)
-    return (
-        set(arrays) == set(others)
-        and all(
-            np.array_equal(t.values, others[n].values, equal_nan=t.values.dtype.kind == "f")
-            for n, t in arrays.items()
-        )
-        and set(images[0]) == set(images[1])
-        and all(np.array_equal(pixels, images[1][n]) for n, pixels in images[0].items())
+    """Whether two runs hold the same numbers, images, findings and products, bit for bit."""
+    pairs = [
+        ({n: t.values for n, t in run.result.arrays.items()}, dict(run.result.images), products(run))
+        for run in (one, other)
+    ]
+    found = [as_record(run)["result"]["values"] for run in (one, other)]
+    values = [{n: v for n, v in told.items() if "seconds" not in n} for told in found]
+    return all(map(_equal, *pairs)) and json.dumps(values[0]) == json.dumps(values[1])
+
+
+def same_kept(folder: Path, run: Run) -> bool:
+    """Whether a run's folder holds this run; what was made is read from its file."""
+    from safetensors.numpy import load_file
+
+    kept, files = read_run(folder), [folder / name for name in (EDIT_FILE, MADE_FILE)]
+    made = {n: v for file in files if file.is_file() for n, v in load_file(file).items()}
+    wanted = {n: np.asarray(v, np.float32) for n, v in products(run).items()}
+    return _equal(made, wanted) and same(kept, replace(run, result=replace(run.result, edit=None, made=None)))
+
+
+def products(run: Run) -> dict[str, np.ndarray]:
+    """The tensors that a run made, by name."""
+    edit, made = run.result.edit, run.result.made
+    return {**(edit.deltas if edit is not None else {}), **(made.tensors if made is not None else {})}
+
+
+def _equal(one: Mapping[str, np.ndarray], other: Mapping[str, np.ndarray]) -> bool:
+    return set(one) == set(other) and all(
+        np.array_equal(values, other[n], equal_nan=np.asarray(values).dtype.kind == "f")
+        for n, values in one.items()
     )
 
 

@@ -68,6 +68,8 @@ def pictures(folder: Path) -> str:
     from studio.atlas.world import draw_scenes
 
     made = folder / "pictures"
+    if made.is_dir():  # another process made them
+        return str(made)
     made.mkdir()
     for n, pixels in enumerate(render(draw_scenes(40, np.random.default_rng(0), emblems=0))):
         Image.fromarray(pixels).save(made / f"{n}.png")

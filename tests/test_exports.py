@@ -13,7 +13,7 @@ import pytest
 
 from studio import exports, kept_edits
 from studio.errors import RequestError, StudioError
-from studio.exports import DAY, MOST, new_folder, page_folder, sweep
+from studio.exports import DAY, MOST, new_folder, page_folder, sweep, sweep_broken_uploads
 from studio.kept_edits import MOST_PASSING
 from studio.store import Store
 
@@ -148,3 +148,14 @@ def test_a_full_temporary_folder_is_said(temporary: Path, monkeypatch: pytest.Mo
     for make in (new_folder, page_folder):
         with pytest.raises(StudioError, match="the disk is full.*; make room there"):
             make()
+
+
+def test_uploads_that_broke_off_are_swept_after_an_hour(tmp_path: Path) -> None:
+    old, young, other = (tmp_path / name for name in ("tmpold", "tmpyoung", "kept.png"))
+    for path in (old, young, other):
+        path.write_bytes(b"x")
+    (tmp_path / "tmpfolder").mkdir()
+    for path in (old, other, tmp_path / "tmpfolder"):
+        age(path, 3700)
+    assert sweep_broken_uploads(tmp_path) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.png", "temporary", "tmpfolder", "tmpyoung"]

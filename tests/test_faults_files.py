@@ -4,6 +4,7 @@ computes or writes, weights that are damaged. tests/faults.py says what none of 
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import signal
@@ -19,12 +20,13 @@ import pytest
 
 from studio import store as storing
 from studio.errors import StudioError
+from studio.models.loading import home
 from studio.registry import METHODS as REGISTERED
 from studio.registry import find_method
 from studio.session import Session
 from studio.store import Store
 from studio.types import Figure, Run
-from tests.faults import METHODS, TABLE, Methods, same
+from tests.faults import METHODS, TABLE, Methods, same, same_kept
 from tests.test_session import edit_file
 
 ROOT = Path(__file__).parents[1]
@@ -73,24 +75,35 @@ def at_once(methods: Methods, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", TABLE)
 def test_a_disk_that_is_full(methods: Methods, at_once: Any, tmp_path: Path, name: str) -> None:
-    """Nothing half-written stays, the sentence says where the run lies, and there it is whole."""
+    """Nothing half-written stays, the sentence says where the run lies, and there it is whole; where no disk
+    has room, it says that."""
     run = at_once(name)
     with methods.unharmed():
-        for what in writers(run):
+        for what, everywhere in itertools.product(writers(run), (False, True)):
             lies = list(tmp_path.glob("locus-kept-*"))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(*WRITERS[what], _full)
+                patch.setattr(*WRITERS[what], _full(getattr(*WRITERS[what]), everywhere))
                 with pytest.raises(StudioError, match="the disk is full") as raised:
                     methods.run(name)
             kept = [folder for folder in tmp_path.glob("locus-kept-*/*") if folder.parent not in lies]
-            assert len(kept) == (what == "the figure"), what  # the numbers alone had room
-            assert all(same(storing.read_run(folder), run) for folder in kept)
+            assert len(kept) == (not everywhere or what == "the figure"), what  # the numbers alone had room
+            assert ("no other folder took the run either" in str(raised.value)) == (not kept)
+            assert all(same_kept(folder, run) for folder in kept), what
             assert all(f"The run lies in {folder}" in str(raised.value) for folder in kept)
             assert raised.value.partial is not None and same(raised.value.partial, run)
 
 
-def _full(*_: Any, **__: Any) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device")
+def _full(genuine: Callable, everywhere: bool) -> Callable:
+    """A writer to a full disk: everywhere, or on the store's, which is tried first."""
+    tried = []
+
+    def write(*args: Any, **options: Any) -> Any:
+        tried.append(1)
+        if everywhere or len(tried) == 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return genuine(*args, **options)
+
+    return write
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -108,7 +121,7 @@ def test_a_bug_in_a_writer(methods: Methods, at_once: Any, name: str) -> None:
     with pytest.MonkeyPatch.context() as patch:  # a figure that can't be drawn costs no run
         patch.setattr(*WRITERS["the figure"], bug)
         kept = methods.run(name)
-    assert kept.status == "done" and same(methods.session.store.load(kept.id), run)
+    assert kept.status == "done" and same_kept(methods.session.store.root / kept.id, kept)
     assert any("The figure could not be drawn" in w for w in kept.result.values["warnings"])
 
 
@@ -126,7 +139,7 @@ def test_killed_while_the_run_is_written(methods: Methods, at_once: Any, tmp_pat
         assert len(list(store.root.glob(".*"))) == 1 and store.sweep_leftovers() == 1, what
         assert not list(store.root.iterdir()), what
     kept = store.save(run, figure)
-    assert same(store.load(kept.id), run)
+    assert same_kept(store.root / kept.id, run)
 
 
 def _killed_at(what: str, store: Store, run: Run, figure: Figure) -> None:
@@ -157,13 +170,11 @@ def check(job):
     os.kill(os.getpid(), signal.SIGKILL) if spoken[0] == int(word) else heard(job)
 
 Job._check = check
-(Path(place) / "child").mkdir(exist_ok=True)
-Session(runs=runs, device="cpu", threads=1).run(smallest(name, Path(place) / "child", edit, under_edit=True))
+Session(runs=runs, device="cpu", threads=1).run(smallest(name, Path(place), edit, under_edit=True))
 """
 
 
-def _killed(name: str, word: int, place: Path, edit: str) -> None:
-    runs = place / "runs"
+def _killed(name: str, word: int, place: Path, runs: Path, edit: str) -> None:
     asked = (name, str(place), str(runs), edit, str(word))
     done = subprocess.run([sys.executable, "-c", _KILLED, *asked], capture_output=True, timeout=300, cwd=ROOT)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
@@ -177,10 +188,12 @@ def _killed(name: str, word: int, place: Path, edit: str) -> None:
     "name", [n if n == "knockout" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS]
 )
 def test_killed_half_way(methods: Methods, tmp_path: Path, name: str) -> None:
-    """What is left is swept, and the same request in another process gives what it always gave."""
+    """No run is left, and the same request in another process, which goes on from what the dead one has kept
+    of the images, gives what it always gave."""
     clean = methods.clean(name)
-    _killed(name, max(1, clean.words // 2), tmp_path, methods.edit)
-    assert same(methods.run(name, save=False), clean.run)
+    shutil.rmtree(home() / "corpora", ignore_errors=True)
+    _killed(name, max(1, clean.words // 2), methods.folder, tmp_path / "runs", methods.edit)
+    assert same(methods.run(name, go_on=True, save=False), clean.run)
 
 
 # ---- weights that are no numbers, files that are cut ------------------------------------------------------
@@ -227,12 +240,15 @@ def test_weights_that_are_damaged(methods: Methods, tmp_path: Path, part: str, h
     from studio.models.catalog import ASSETS
 
     method, file = WEIGHTS[part]
-    folder = Path(shutil.copytree(ASSETS / "atlas" / part.split()[0], tmp_path / "model"))
+    folder = Path(shutil.copytree(ASSETS / "atlas" / part.split()[0], tmp_path / "damaged-copy"))
     harmed(folder / file, harm)
     recipe = replace(methods.request(method), model=str(folder), edits=())
     with methods.unharmed(), pytest.raises(StudioError) as raised:
         methods.session.run(recipe, fresh=True)
-    assert len(str(raised.value)) < 400 and str(folder.name) in str(raised.value)
+    said = str(raised.value)
+    assert len(said) < 400 and folder.name in said
+    assert "holds NaN or infinity" in said if harm == "NaN" else Path(file).name in said, said
+    assert "copy" in said.replace(folder.name, ""), said
 
 
 @pytest.mark.parametrize("harm", HARMS)

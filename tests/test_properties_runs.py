@@ -3,7 +3,10 @@ refusal in a sentence. Every test has at least one answer."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +18,13 @@ from hypothesis import strategies as st
 from studio.errors import StudioError
 from studio.methods.attention_knockout import layer_window
 from studio.models.attention_row import logit_direction, norm_scale
+from studio.registry import find_method
 from studio.session import Session
 from studio.types import Recipe, Result
+from tests.faults import LONG, METHODS
+from tests.smallest import smallest
 from tests.test_properties import FEW, TEXTS, told
+from tests.test_session import edit_file
 
 Ask = Callable[..., Result | None]
 FEWER = settings(FEW, max_examples=6)
@@ -31,9 +38,10 @@ def ask(session: Session) -> Iterator[Ask]:
     """Runs a method: its result, or None where a sentence refuses. One request of a test must be answered."""
     answered = []
 
-    def run(method: str, model: str, seeds: Any = None, /, **given_: Any) -> Result | None:
+    def run(method: str, model: str, seeds: Any = None, edits: Any = (), /, **given_: Any) -> Result | None:
+        recipe = Recipe(method, model, given_, {}, seeds, edits)
         try:
-            found = session.run(Recipe(method, model, given_, {}, seeds), fresh=True, save=False).result
+            found = session.run(recipe, fresh=True, save=False).result
         except StudioError as error:
             told(error)
             return None
@@ -55,6 +63,45 @@ def part_of(data: Any, text: str, most: int = 12) -> str:
         return text.split()[-1]
     start = data.draw(st.integers(0, len(text) - 1))
     return text[start : start + data.draw(st.integers(1, most))]
+
+
+# ---- every method -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n not in LONG])
+def test_any_text_in_any_place_is_answered_or_refused(ask: Ask, edit: str, tmp_path: Path, name: str) -> None:
+    """Texts of all scripts in every field for text, with any seed: what comes back is numbers."""
+    recipe = smallest(name, tmp_path, edit)
+    texts = [f.name for f in fields(find_method(name).inputs) if _takes_text(recipe.inputs.get(f.name))]
+    asked = [(recipe.inputs, recipe.seeds)]
+
+    @given(TEXTS, st.sampled_from(texts or [""]), SEEDS)
+    @settings(FEW, max_examples=5 if texts else 1)
+    def collect(text: str, place: str, seed: int) -> None:
+        plain = recipe.inputs.get(place)
+        other = [text] if isinstance(plain, (list, tuple)) else text
+        changed = {**recipe.inputs, **({place: other} if place else {})}
+        asked.append((changed, recipe.seeds and (seed,)))
+
+    collect()
+    for inputs, seeds in asked:
+        found = ask(name, recipe.model, seeds, recipe.edits, **inputs)
+        if found is not None:  # a standard error of one seed is not known, other numbers are
+            values = {n: numbers(found, n) for n in found.arrays}
+            assert not [n for n, v in values.items() if np.isinf(v).any()]
+            assert any(np.isfinite(v).any() for v in values.values())
+
+
+def _takes_text(value: Any) -> bool:
+    """Whether a value of the smallest request is a text that a person writes."""
+    one = value[0] if isinstance(value, (list, tuple)) and value else value
+    return isinstance(one, str) and not os.path.exists(one)
+
+
+@pytest.fixture(scope="module")
+def edit(atlas: Any, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An edit file of atlas-sd."""
+    return str(edit_file(atlas, tmp_path_factory.mktemp("edit") / "edit.safetensors"))
 
 
 # ---- text-to-image ----------------------------------------------------------------------------------------

@@ -7,14 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
+from safetensors.numpy import save_file
 
 from panels.api_parameters import Parameter, parameters
 from panels.api_values import EXAMPLES, asked
 from studio.errors import RequestError, StudioError
 from studio.registry import find_method
 from studio.session import Session
-from tests.faults import LONG, METHODS
+from tests.faults import TABLE
 from tests.smallest import SMALLEST
 
 SECRET = "TOPSECRET-77b0e2"
@@ -27,6 +30,8 @@ def secrets(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("secrets")
     for ending in ENDINGS:
         (folder / f"secret.{ending}").write_text(SECRET)
+    Image.new("RGB", (64, 64), (1, 2, 3)).save(folder / "secret.png")  # one that could be read
+    save_file({"x": np.ones((2, 2), np.float32)}, folder / "secret.safetensors", {"x": SECRET})
     return folder
 
 
@@ -40,12 +45,14 @@ def edit(session: Session, atlas: Any, tmp_path_factory: pytest.TempPathFactory)
 def forged(parameter: Parameter, folder: Path, number: int) -> Iterator[Any]:
     """Values that name a secret file, in the shapes that the parameter may take."""
     path = str(folder / f"secret.{ENDINGS[number % len(ENDINGS)]}")
-    text = [path, f"@{path}", f"file://{path}", str(folder)][number % 4]
-    file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-    yield from ([text], [file]) if "list" in str(parameter.hint) else (text, file)
+    given: list[Any] = [[path, f"@{path}", f"file://{path}", str(folder)][number % 4], {"path": path}]
+    if parameter.kind != "value":  # what may stand for a file: each kind of file, each form
+        paths = [str(folder / f"secret.{ending}") for ending in ENDINGS]
+        given = [*paths, str(folder), *({"path": p, "meta": {"_type": "gradio.FileData"}} for p in paths)]
+    yield from ([value] for value in given) if "list" in str(parameter.hint) else given
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n not in LONG])
+@pytest.mark.parametrize("name", TABLE)
 def test_no_parameter_hands_a_file_over(session: Session, secrets: Path, edit: str, name: str) -> None:
     method, answers, refused, done = find_method(name), [], 0, 0
     plain = dict(SMALLEST[name])
@@ -61,6 +68,7 @@ def test_no_parameter_hands_a_file_over(session: Session, secrets: Path, edit: s
                 answers.append(str(error).encode())
                 refused += isinstance(error, RequestError)
             else:
+                assert parameter.kind in ("value", "seeds", "strengths", "force"), (parameter.name, value)
                 done += 1
                 kept = session.store.root / run.id
                 answers += [file.read_bytes() for file in kept.rglob("*") if file.is_file()]

@@ -32,7 +32,7 @@ class Choice:
         named = read_features(self.features or ())
         if self.feature and named and self.feature not in named:
             raise RequestError(
-                f"--feature: {self.feature[:40]!r} is none of the --features {', '.join(named)}."
+                f"--feature: {self.feature[:40]!r} is none of the --features {', '.join(named)[:200]}."
             )
 
 
