@@ -271,4 +271,6 @@ def serve_forever(
         server.run(sockets=[opened])
     except KeyboardInterrupt:
         pass
+    finally:
+        gc.unfreeze()  # or libraries complain at the end of what nobody could free
     return 0
