@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -159,3 +160,22 @@ def test_uploads_that_broke_off_are_swept_after_an_hour(tmp_path: Path) -> None:
         age(path, 3700)
     assert sweep_broken_uploads(tmp_path) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.png", "temporary", "tmpfolder", "tmpyoung"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.parametrize(("told", "codes"), [(signal.SIGINT, (0, 130)), (signal.SIGTERM, (143,))])
+def test_a_studio_that_is_told_to_end_leaves_nothing(
+    temporary: Path, tmp_path: Path, told: signal.Signals, codes: tuple[int, ...]
+) -> None:
+    command = [sys.executable, "-m", "studio.cli", "serve", "--port", "0", "--device", "cpu"]
+    command += ["--runs", str(tmp_path / "runs")]
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    environment.pop("GRADIO_TEMP_DIR", None)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, cwd=Path(__file__).parents[1], env=environment, **pipes) as process:
+        assert process.stdout.readline().startswith("Locus is at http://127.0.0.1:")
+        assert len(list(temporary.glob("locus-page-*"))) == 1
+        process.send_signal(told)
+        said, _ = process.communicate(timeout=120)
+    assert process.returncode in codes and "Traceback" not in said
+    assert not list(temporary.glob("locus-page-*"))
